@@ -1,0 +1,1 @@
+"""Adapters to other libraries' networks and files; import them by module."""

@@ -1,0 +1,251 @@
+"""A network, its noise process and its parameterization, seen as a denoiser."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dmdkit._checked import checked, describe
+from dmdkit.diffusion.parameterizations import Parameterization
+from dmdkit.diffusion.processes import NoiseProcess, expand_as
+from dmdkit.types import (
+    Condition,
+    FeatureMap,
+    Latent,
+    Logits,
+    NetworkOutput,
+    Time,
+    Want,
+)
+
+Quantity = Literal["x0", "score", "features", "logits"]
+
+
+class Estimate(NamedTuple):
+    """What was asked of a `ScoreEstimator`; what was not asked for is None."""
+
+    x0: Tensor | None = None
+    score: Tensor | None = None
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class ScoreEstimator(nn.Module):
+    r"""Teacher, critic or student: $\mu(x_t, t)$ of DMD2, section 3.
+
+    The network is what gets trained, wrapped (DDP, FSDP2) and compiled; the estimator
+    stays outside of that and adds the affine map of its parameterization, in fp32. Its
+    network is called as `network(c_in * x_t, c_noise, cond)` and, for features or
+    logits, with `want=(...)` (see `FeatureNetwork`). It chooses its own compute dtype.
+
+    Attributes:
+        network: The network, wrapped or not.
+        parameterization: How its output is read.
+
+    Args:
+        network: The network.
+        process: The noise process that the network was trained on.
+        parameterization: What the network predicts.
+
+    Raises:
+        ValueError: If the parameterization has no x0 at some time of the process, such
+            as epsilon where alpha is 0.
+
+    Examples:
+        >>> import torch
+        >>> from dmdkit import RectifiedFlow, ScoreEstimator, VelocityPrediction
+        >>> class Zero(torch.nn.Module):
+        ...     def forward(self, x, c_noise, cond):
+        ...         return torch.zeros_like(x)
+        >>> teacher = ScoreEstimator(Zero(), RectifiedFlow(), VelocityPrediction())
+        >>> teacher(torch.ones(2, 3), torch.tensor([0.5, 1.0]), None).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        process: NoiseProcess,
+        parameterization: Parameterization,
+    ) -> None:
+        super().__init__()
+        for name, value, kind in (
+            ("network", network, nn.Module),
+            ("process", process, NoiseProcess),
+            ("parameterization", parameterization, Parameterization),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"{name}: got {describe(value)}, expected a {kind.__name__}."
+                )
+        parameterization.check(process)
+        self.network = network
+        self.parameterization = parameterization
+        self._process = process
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x_t: Latent, t: Time, cond: Condition = None, /) -> Latent:
+            """The signature of `forward`, which `nn.Module` hides."""
+            ...
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process in whose units `t` is."""
+        return self._process
+
+    @checked
+    def forward(self, x_t: Latent, t: Time, cond: Condition = None) -> Latent:
+        r"""Estimates the clean sample, $\mathbb{E}[x_0 \mid x_t]$.
+
+        Args:
+            x_t: Noisy samples, [b, ...].
+            t: Their times, fp32 [b].
+            cond: The condition, handed to the network as it is.
+
+        Returns:
+            The estimate, [b, ...], in fp32 or better.
+
+        Raises:
+            ValueError: If a shape is wrong, the network's output included.
+            TypeError: If a dtype is wrong.
+        """
+        c = self.parameterization.coefficients(self.process, t)
+        output = self.network(expand_as(c.c_in, x_t) * x_t, c.c_noise, cond)
+        return self._to_x0(output, x_t, c.c_skip, c.c_out)
+
+    @checked
+    def estimate(
+        self,
+        x_t: Latent,
+        t: Time,
+        cond: Condition = None,
+        *,
+        want: Sequence[Quantity],
+    ) -> Estimate:
+        """Gives several quantities in one pass of the network.
+
+        Args:
+            x_t: Noisy samples, [b, ...].
+            t: Their times, fp32 [b].
+            cond: The condition.
+            want: Any of "x0", "score", "features", "logits".
+
+        Returns:
+            What was asked for.
+
+        Raises:
+            ValueError: If a shape is wrong or `want` names something else.
+            TypeError: If a dtype is wrong, or if the network has no such thing to give.
+        """
+        unknown = set(want) - set(Estimate._fields)
+        if unknown or not want:
+            raise ValueError(
+                f"want: got {list(want)}, expected one or more of "
+                f"{', '.join(Estimate._fields)}."
+            )
+        c = self.parameterization.coefficients(self.process, t)
+        inner: list[Want] = [name for name in ("features", "logits") if name in want]
+        if "x0" in want or "score" in want:
+            inner.insert(0, "output")
+        try:
+            given = self.network(
+                expand_as(c.c_in, x_t) * x_t, c.c_noise, cond, want=tuple(inner)
+            )
+        except TypeError as error:
+            if "'want'" not in str(error):
+                raise
+            raise TypeError(
+                f"network: it takes no `want`, so it cannot give {', '.join(want)}; "
+                "see dmdkit.types.FeatureNetwork, or give it a head with "
+                "NetworkWithHead."
+            ) from error
+        if not isinstance(given, NetworkOutput) or any(
+            getattr(given, name) is None for name in inner
+        ):
+            raise TypeError(
+                f"network: asked for {', '.join(inner)}, it did not give all of them; "
+                "a head is needed for logits (see trainable_copy(..., head=...))."
+            )
+        x0 = score = None
+        if given.output is not None:
+            x0 = self._to_x0(given.output, x_t, c.c_skip, c.c_out)
+        if "score" in want and x0 is not None:
+            score = self._to_score(x0, x_t, t)
+        return Estimate(x0, score, given.features, given.logits)
+
+    @checked
+    def score(self, x_t: Latent, t: Time, cond: Condition = None) -> Latent:
+        r"""The score $\nabla \log p_t(x_t) = -(x_t - \alpha_t \mu(x_t, t)) / \sigma_t^2$.
+
+        Source: DMD2, Eq. 1.
+
+        Args:
+            x_t: Noisy samples, [b, ...].
+            t: Their times, fp32 [b]; infinite where sigma is 0.
+            cond: The condition.
+
+        Returns:
+            The score, [b, ...].
+
+        Raises:
+            ValueError: If a shape is wrong.
+            TypeError: If a dtype is wrong.
+        """  # noqa: E501
+        return self._to_score(self(x_t, t, cond), x_t, t)
+
+    def features(self, x_t: Latent, t: Time, cond: Condition = None) -> FeatureMap:
+        """The network's features at the place that it names, [b, c, h, w].
+
+        Args:
+            x_t: Noisy samples, [b, ...].
+            t: Their times, fp32 [b].
+            cond: The condition.
+
+        Returns:
+            The feature map.
+
+        Raises:
+            TypeError: If the network has no features to give.
+        """
+        features = self.estimate(x_t, t, cond, want=("features",)).features
+        assert features is not None
+        return features
+
+    def logits(self, x_t: Latent, t: Time, cond: Condition = None) -> Logits:
+        """The logits of the network's head: positive means real (DMD2, Eq. 4).
+
+        Args:
+            x_t: Noisy samples, [b, ...].
+            t: Their times, fp32 [b].
+            cond: The condition.
+
+        Returns:
+            One logit a sample, [b].
+
+        Raises:
+            TypeError: If the network has no head.
+        """
+        logits = self.estimate(x_t, t, cond, want=("logits",)).logits
+        assert logits is not None
+        return logits
+
+    def _to_x0(
+        self, output: Tensor, x_t: Tensor, c_skip: Tensor, c_out: Tensor
+    ) -> Tensor:
+        if output.shape != x_t.shape:
+            raise ValueError(
+                f"network: its output is {describe(output)} for an input "
+                f"{describe(x_t)}, expected the same shape; a variance half must be "
+                "dropped by the network."
+            )
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        return expand_as(c_skip, x_t) * x_t.to(dtype) + (
+            expand_as(c_out, x_t) * output.to(dtype)
+        )
+
+    def _to_score(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        alpha = expand_as(self.process.alpha(t), x_t)
+        sigma = expand_as(self.process.sigma(t), x_t)
+        return -(x_t - alpha * x0) / sigma.square()

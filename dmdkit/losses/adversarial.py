@@ -1,0 +1,242 @@
+r"""The diffusion GAN loss: real or generated, told apart after noise (DMD2, Eq. 4).
+
+The paper writes the objective of the discriminator $D = \mathrm{sigmoid}(\ell)$ with
+logit $\ell$; official code minimises the non-saturating form written here:
+$\mathrm{softplus}(\ell_\mathrm{fake}) + \mathrm{softplus}(-\ell_\mathrm{real})$ for the
+discriminator and $\mathrm{softplus}(-\ell_\mathrm{fake})$ for the generator.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import softplus
+
+from dmdkit._checked import checked
+from dmdkit.losses.common import Metrics, draw, finite_samples, require_gradient
+from dmdkit.types import (
+    Condition,
+    Discriminator,
+    Flags,
+    Latent,
+    Logits,
+    Scalar,
+    Time,
+    TimeSampler,
+)
+
+
+class GANGeneratorOutput(NamedTuple):
+    """The generator's side; all but `loss` is detached.
+
+    Attributes:
+        loss: The loss.
+        logits: The logits of generated samples, [b].
+        t: Their times, [b].
+        finite: Which samples have a finite logit, bool [b].
+        metrics: Scalars by name: `fooled` (share of samples taken for real),
+            `nonfinite` (number of samples).
+    """
+
+    loss: Scalar
+    logits: Logits
+    t: Time
+    finite: Flags
+    metrics: Metrics
+
+
+class GANDiscriminatorOutput(NamedTuple):
+    """The discriminator's side; all but `loss` is detached.
+
+    Attributes:
+        loss: The loss.
+        logits_fake: The logits of generated samples, [b].
+        logits_real: The logits of real samples, [b'].
+        t: The times of generated samples, [b].
+        t_real: The times of real samples, [b'].
+        finite: Which generated samples have a finite logit, bool [b].
+        finite_real: Which real samples have one, bool [b'].
+        metrics: Scalars by name: `accuracy` (share told right; 0.5 is even), `fake` and
+            `real` (mean logits), `nonfinite` (number of samples).
+    """
+
+    loss: Scalar
+    logits_fake: Logits
+    logits_real: Logits
+    t: Time
+    t_real: Time
+    finite: Flags
+    finite_real: Flags
+    metrics: Metrics
+
+
+@checked
+def gan_generator_loss(logits_fake: Logits) -> Scalar:
+    r"""$\mathrm{mean}\ \mathrm{softplus}(-\ell_\mathrm{fake})$.
+
+    Args:
+        logits_fake: Logits of generated samples, [b].
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: If the logits are not one a sample.
+    """
+    return softplus(-_at_least_fp32(logits_fake)).mean()
+
+
+@checked
+def gan_discriminator_loss(logits_fake: Logits, logits_real: torch.Tensor) -> Scalar:
+    r"""Tells generated from real samples.
+
+    $\mathrm{mean}\ \mathrm{softplus}(\ell_\mathrm{fake}) + \mathrm{mean}\
+    \mathrm{softplus}(-\ell_\mathrm{real})$.
+
+    Args:
+        logits_fake: Logits of generated samples, [b].
+        logits_real: Logits of real samples, [b']; the two batches may differ in size.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: If the logits are not one a sample.
+    """
+    if logits_real.ndim != 1:
+        raise ValueError(
+            f"logits_real: got shape {list(logits_real.shape)}, expected one logit a "
+            "sample, [b]."
+        )
+    fake, real = _at_least_fp32(logits_fake), _at_least_fp32(logits_real)
+    return softplus(fake).mean() + softplus(-real).mean()
+
+
+def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class DiffusionGANLoss:
+    """Both sides of the GAN on noisy samples (DMD2, section 4.3).
+
+    Every branch draws its own times and noise, as official DMD2 does. The paper's
+    discriminator is the critic with a head: `trainable_copy(teacher, head=...)`.
+
+    Attributes:
+        times: The distribution of t; official DMD2 draws index 0 ... 999.
+    """
+
+    times: TimeSampler
+
+    @checked
+    def generator(
+        self,
+        x: Latent,
+        cond: Condition = None,
+        *,
+        discriminator: Discriminator,
+        t: Time | None = None,
+        noise: Latent | None = None,
+        generator: torch.Generator | None = None,
+    ) -> GANGeneratorOutput:
+        """The generator's side: be taken for real.
+
+        The gradient flows through the discriminator to x; call it within
+        `frozen(critic)`, so that nothing gathers in the critic on the way.
+
+        Args:
+            x: Generated samples with a graph, [b, ...].
+            cond: Their condition.
+            discriminator: The network that tells real from generated.
+            t: Times, fp32 [b]; drawn from `times` if None.
+            noise: Standard normal noise, [b, ...]; drawn if None.
+            generator: Source of what is drawn, on the device of x.
+
+        Returns:
+            The loss, flags and metrics.
+
+        Raises:
+            ValueError: If a shape is wrong or x carries no gradient.
+            TypeError: If a dtype or the network is wrong.
+        """
+        require_gradient("x", x)
+        x_t, t, _ = draw(x, discriminator.process, self.times, t, noise, generator)
+        logits = discriminator.logits(x_t, t, cond)
+        finite = finite_samples(logits)
+        metrics = {
+            "fooled": (logits.detach() > 0).float().mean(),
+            "nonfinite": (~finite).sum(),
+        }
+        return GANGeneratorOutput(
+            gan_generator_loss(logits), logits.detach(), t, finite, metrics
+        )
+
+    @checked
+    def discriminator(
+        self,
+        x: Latent,
+        cond: Condition,
+        real: torch.Tensor,
+        real_cond: Condition,
+        *,
+        discriminator: Discriminator,
+        t: Time | None = None,
+        noise: Latent | None = None,
+        t_real: torch.Tensor | None = None,
+        noise_real: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> GANDiscriminatorOutput:
+        """The discriminator's side: tell real from generated.
+
+        Args:
+            x: Generated samples, [b, ...]; detached here, so that no gradient reaches
+                the student.
+            cond: Their condition.
+            real: Real samples, [b', ...].
+            real_cond: Their own condition.
+            discriminator: The network to train.
+            t: Times of generated samples, fp32 [b]; drawn from `times` if None.
+            noise: Noise of generated samples, [b, ...]; drawn if None.
+            t_real: Times of real samples, fp32 [b']; drawn if None.
+            noise_real: Noise of real samples, [b', ...]; drawn if None.
+            generator: Source of what is drawn, on the device of x.
+
+        Returns:
+            The loss, flags and metrics.
+
+        Raises:
+            ValueError: If a shape is wrong.
+            TypeError: If a dtype or the network is wrong.
+        """
+        if real.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"real: samples of shape {list(real.shape[1:])}, expected that of x, "
+                f"{list(x.shape[1:])}."
+            )
+        process = discriminator.process
+        with torch.no_grad():
+            x_t, t, _ = draw(x.detach(), process, self.times, t, noise, generator)
+            real_t, t_real, _ = draw(
+                real, process, self.times, t_real, noise_real, generator
+            )
+        logits_fake = discriminator.logits(x_t, t, cond)
+        logits_real = discriminator.logits(real_t, t_real, real_cond)
+        finite, finite_real = finite_samples(logits_fake), finite_samples(logits_real)
+        told_right = torch.cat((logits_fake < 0, logits_real > 0))
+        metrics = {
+            "accuracy": told_right.float().mean(),
+            "fake": logits_fake.detach().mean(),
+            "real": logits_real.detach().mean(),
+            "nonfinite": (~finite).sum() + (~finite_real).sum(),
+        }
+        return GANDiscriminatorOutput(
+            gan_discriminator_loss(logits_fake, logits_real),
+            logits_fake.detach(),
+            logits_real.detach(),
+            t,
+            t_real,
+            finite,
+            finite_real,
+            metrics,
+        )

@@ -1,0 +1,178 @@
+"""Streaming feature statistics and the distances between them."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dmdkit._checked import checked
+from dmdkit.types import PerSample
+
+
+class FeatureStatistics:
+    """Mean and covariance of feature vectors, gathered batch by batch in fp64.
+
+    Statistics of parts can be merged (`a.merge(b)`), and the result is that of one
+    pass, since the mean is kept apart from the scatter around it (Chan et al. 1979).
+
+    Args:
+        dim: The number of features.
+
+    Raises:
+        ValueError: If `dim` is not positive.
+
+    Examples:
+        >>> import torch
+        >>> statistics = FeatureStatistics(dim=2)
+        >>> statistics.update(torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+        >>> statistics.mean
+        tensor([1., 2.], dtype=torch.float64)
+    """
+
+    def __init__(self, dim: int) -> None:
+        if dim < 1:
+            raise ValueError(f"dim: got {dim}, expected at least 1.")
+        self.dim = dim
+        self.count = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    @checked
+    def update(self, features: Float[Tensor, " b f"]) -> None:
+        """Adds a batch.
+
+        Args:
+            features: Feature vectors, [b, dim]; any device.
+
+        Raises:
+            ValueError: If the number of features is another, or one is not finite.
+        """
+        if features.shape[1] != self.dim:
+            raise ValueError(
+                f"features: got {features.shape[1]} a sample, expected {self.dim}."
+            )
+        values = features.detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError("features: some are not finite.")
+        batch = FeatureStatistics.__new__(FeatureStatistics)
+        batch.dim, batch.count = self.dim, values.shape[0]
+        batch.mean = values.mean(dim=0)
+        centred = values - batch.mean
+        batch._scatter = centred.T @ centred
+        self.merge(batch)
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Adds the statistics of another part.
+
+        Args:
+            other: Statistics of the same number of features.
+
+        Raises:
+            ValueError: If the number of features is another.
+        """
+        if other.dim != self.dim:
+            raise ValueError(f"other: {other.dim} features, expected {self.dim}.")
+        total = self.count + other.count
+        if other.count == 0:
+            return
+        step = other.mean - self.mean
+        self._scatter = (
+            self._scatter
+            + other._scatter
+            + torch.outer(step, step) * (self.count * other.count / total)
+        )
+        self.mean = self.mean + step * (other.count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """The unbiased covariance, fp64 [dim, dim].
+
+        Raises:
+            ValueError: If there are fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"count: {self.count} samples, expected at least 2.")
+        return self._scatter / (self.count - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives everything needed to go on."""
+        return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+        self.count = int(state["count"])
+        self.mean, self._scatter = state["mean"].clone(), state["scatter"].clone()
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    r"""The Frechet distance of two Gaussians.
+
+    $\|m_a - m_b\|^2 + \mathrm{tr}(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2})$.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6. With N samples it is biased
+    upwards by an amount that falls as 1/N: compare only numbers of one N.
+
+    Args:
+        a: Statistics of one set.
+        b: Statistics of the other, of the same features.
+
+    Returns:
+        The distance, >= 0 up to rounding.
+
+    Raises:
+        ValueError: If the number of features differs, or a set is smaller than it
+            (its covariance would be singular).
+    """
+    if a.dim != b.dim:
+        raise ValueError(f"a, b: {a.dim} and {b.dim} features, expected as many.")
+    for name, statistics in (("a", a), ("b", b)):
+        if statistics.count <= statistics.dim:
+            raise ValueError(
+                f"{name}: {statistics.count} samples of {statistics.dim} features, "
+                "expected more samples than features."
+            )
+    values, vectors = torch.linalg.eigh(a.covariance)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # The product is positive semi-definite; what lies below zero is rounding.
+    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0)
+    trace = a.covariance.trace() + b.covariance.trace() - 2 * cross.sqrt().sum()
+    return float((a.mean - b.mean).square().sum() + trace)
+
+
+@checked
+def nearest_distance(
+    samples: Float[Tensor, " b f"],
+    reference: Float[Tensor, " n f"],
+    *,
+    skip_identical: bool = False,
+) -> PerSample:
+    """The Euclidean distance of each sample to the nearest of a reference set.
+
+    Held against the distances of held-out real samples it shows memorising: a student
+    that copies training images is nearer to them than real images are.
+
+    Args:
+        samples: Flattened samples or features, [b, f].
+        reference: The reference set, [n, f].
+        skip_identical: Leaves out distances of exactly 0, to hold a set against itself.
+
+    Returns:
+        The distances, fp64 [b].
+
+    Raises:
+        ValueError: If the shapes do not match or the reference is empty.
+    """
+    if reference.shape[0] == 0:
+        raise ValueError("reference: it is empty.")
+    rows = []
+    for chunk in samples.double().split(1024):
+        distances = torch.cdist(
+            chunk, reference.double(), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        if skip_identical:
+            distances = distances.masked_fill(distances == 0, math.inf)
+        rows.append(distances.min(dim=1).values)
+    return torch.cat(rows)

@@ -1,0 +1,223 @@
+"""Checkpoints: everything that a run is, written whole or not at all.
+
+The format is that of `torch.distributed.checkpoint`. A checkpoint is a folder
+`step-00001000`; it gets that name only when it is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+_PREFIX = "step-"
+_META = "meta.json"
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything with `state_dict` and `load_state_dict`: EMA, LR schedule, loader."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives the state."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Takes a state."""
+        ...
+
+
+class GeneratorState:
+    """Makes a `torch.Generator` a part of a checkpoint.
+
+    Args:
+        generator: The generator whose state is saved and restored in place.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives the generator's state."""
+        return {"state": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts the generator where it was."""
+        self.generator.set_state(state["state"])
+
+
+class _GlobalRandomState:
+    """PyTorch's own generators, on the CPU and on every CUDA device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            for i, value in enumerate(torch.cuda.get_rng_state_all()):
+                state[f"cuda{i}"] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["cpu"])
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in state:
+                torch.cuda.set_rng_state(state[f"cuda{i}"], i)
+
+
+def save_checkpoint(
+    directory: str | Path,
+    *,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer] | None = None,
+    states: Mapping[str, Stateful] | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Writes a checkpoint, complete or not at all.
+
+    Args:
+        directory: The folder of all checkpoints of a run.
+        step: The step at which the run will continue, >= 0.
+        modules: Networks by name.
+        optimizers: Optimizers by the name of the module whose parameters they hold.
+        states: Anything else by name: EMA, LR schedules, `GeneratorState`.
+        keep: How many of the newest checkpoints to keep, at least 1; all if None.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ValueError: If a name is unknown, or a number out of range.
+    """
+    from torch.distributed.checkpoint import state_dict_saver
+
+    if step < 0 or (keep is not None and keep < 1):
+        raise ValueError(
+            f"step, keep: got {step}, {keep}, expected step >= 0 and keep >= 1."
+        )
+    state = _gather(modules, optimizers or {}, states or {})
+    directory = Path(directory)
+    final = directory / f"{_PREFIX}{step:08d}"
+    partial = directory / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state_dict_saver.save(state, checkpoint_id=partial, no_dist=not _distributed())
+    meta = {"step": step, "torch": torch.__version__, "parts": sorted(state)}
+    (partial / _META).write_text(json.dumps(meta, indent=2))
+    for file in partial.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    # A run that came past this step before is replaced.
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    if keep is not None:
+        for old in checkpoints(directory)[:-keep]:
+            shutil.rmtree(old)
+    return final
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """Lists the complete checkpoints of a run, the oldest first.
+
+    Args:
+        directory: The folder of all checkpoints of a run; it need not exist.
+
+    Returns:
+        Their folders.
+    """
+    folder = Path(directory)
+    found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
+    return sorted(path for path in found if (path / _META).is_file())
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer] | None = None,
+    states: Mapping[str, Stateful] | None = None,
+) -> int:
+    """Restores everything from a checkpoint, in place.
+
+    Args:
+        path: A checkpoint's folder, such as `checkpoints(directory)[-1]`.
+        modules: Networks by name, as they were saved.
+        optimizers: Optimizers by the name of their module.
+        states: Anything else by name.
+
+    Returns:
+        The step at which to continue.
+
+    Raises:
+        ValueError: If there is no checkpoint, or its parts are not those asked for.
+    """
+    from torch.distributed.checkpoint import state_dict_loader
+
+    path = Path(path)
+    meta = path / _META
+    if not meta.is_file():
+        raise ValueError(f"path: there is no complete checkpoint in {path}.")
+    saved = json.loads(meta.read_text())
+    modules, optimizers, states = modules, optimizers or {}, states or {}
+    state = _gather(modules, optimizers, states)
+    if saved["parts"] != sorted(state):
+        raise ValueError(
+            f"path: {path} holds {', '.join(saved['parts'])}; asked for "
+            f"{', '.join(sorted(state))}. Build the same parts as when it was saved."
+        )
+    state_dict_loader.load(state, checkpoint_id=path, no_dist=not _distributed())
+    _scatter(state, modules, optimizers, states)
+    return int(saved["step"])
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _gather(
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    states: Mapping[str, Stateful],
+) -> dict[str, Any]:
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
+    unknown = set(optimizers) - set(modules)
+    if unknown:
+        raise ValueError(
+            f"optimizers: {', '.join(sorted(unknown))} is no module; name an optimizer "
+            f"like its module ({', '.join(modules)})."
+        )
+    state: dict[str, Any] = {"random": _GlobalRandomState().state_dict()}
+    for name, module in modules.items():
+        state[f"module.{name}"] = dcp_state.get_model_state_dict(module)
+    for name, optimizer in optimizers.items():
+        state[f"optimizer.{name}"] = dcp_state.get_optimizer_state_dict(
+            modules[name], optimizer
+        )
+    for name, value in states.items():
+        state[f"state.{name}"] = value.state_dict()
+    return state
+
+
+def _scatter(
+    state: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    states: Mapping[str, Stateful],
+) -> None:
+    from torch.distributed.checkpoint import state_dict as dcp_state
+
+    for name, module in modules.items():
+        dcp_state.set_model_state_dict(module, state[f"module.{name}"])
+    for name, optimizer in optimizers.items():
+        dcp_state.set_optimizer_state_dict(
+            modules[name], optimizer, optim_state_dict=state[f"optimizer.{name}"]
+        )
+    for name, value in states.items():
+        value.load_state_dict(state[f"state.{name}"])
+    # Last: gathering an optimizer's state may run a step and draw random numbers.
+    _GlobalRandomState().load_state_dict(state["random"])

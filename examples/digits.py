@@ -1,0 +1,421 @@
+"""Distils the digits teacher to a one-step student, with the full DMD2 of the paper.
+
+    python examples/digits.py
+
+Distribution matching, the two time-scale update rule and the GAN on real digits, on a
+CPU in about three minutes. It writes a picture of teacher and student from the same
+noise, curves, a table and the student itself to OUT.
+
+    python examples/digits.py --steps 4          # backward simulation
+    python examples/digits.py --iterations 9000  # the longer run, about 20 minutes
+    python examples/digits.py --sample demo/student
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from digits_common import (
+    CLASSES,
+    SHAPE,
+    build_denoiser,
+    load_digits,
+    load_sigma_data,
+    load_teacher,
+    network_of,
+)
+from digits_evaluation import ROWS_FILE, Evaluator, draw_many, teacher_rows
+from digits_report import print_table, save_curves, save_grid, save_samples
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from dmdkit import (
+    BackwardSimulator,
+    DenoisingLoss,
+    DiffusionGANHead,
+    DiffusionGANLoss,
+    DistributionMatchingLoss,
+    GeneratorState,
+    KarrasIndexTime,
+    KarrasWeight,
+    Monitor,
+    ScoreEstimator,
+    TTURScheduler,
+    all_finite,
+    checkpoints,
+    frozen,
+    karras_sigmas,
+    load_checkpoint,
+    save_checkpoint,
+    trainable_copy,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Distils the digits teacher with DMD2."""
+
+    steps: int = 1
+    """Calls of the student to one sample; above 1 with backward simulation."""
+    iterations: int = 1250
+    """Critic updates, as the paper counts."""
+    batch_size: int = 64
+    micro_batches: int = 1
+    """Parts of a batch whose gradients are accumulated."""
+    learning_rate: float = 1e-3
+    """Of the student's AdamW; lowered along a cosine to 0 (ours: the paper's runs are
+    long and keep it constant)."""
+    critic_learning_rate: float = 2e-3
+    critic_steps: int = 5
+    """Critic updates to one generator update (paper, section 4.2)."""
+    gan: bool = True
+    """Whether to add the GAN loss on real digits (paper, section 4.3)."""
+    gan_weight: float = 3e-2
+    """Weight of the generator's GAN loss (ours, near the gradient balance; the paper's
+    weights belong to other sizes)."""
+    discriminator_weight: float = 1e-2
+    """Weight of the discriminator's loss (official scripts)."""
+    max_gradient_norm: float = 10.0
+    """Clipping of both (official scripts)."""
+    seed: int = 0
+    out: Path = Path("digits_run")
+    """Folder of everything that is written."""
+    resume: bool = False
+    """Continue from the newest checkpoint in OUT."""
+    evaluate_every: int = 125
+    """Iterations between points of the curves; a checkpoint is written with each."""
+    full_evaluation: bool = False
+    """Also measure the teacher anew instead of showing the shipped numbers."""
+    sample: Path | None = None
+    """Only draw from this exported student."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot run."""
+        if self.batch_size % self.micro_batches:
+            raise SystemExit(
+                f"--micro-batches {self.micro_batches} must divide --batch-size "
+                f"{self.batch_size}."
+            )
+        if not 1 <= self.steps <= 16:
+            raise SystemExit(f"--steps {self.steps}: expected 1 ... 16.")
+
+
+class Distillation:
+    """Networks, optimizers and losses of one run, and its iteration."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        torch.manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.rung_generator = torch.Generator().manual_seed(settings.seed)
+        self.train, _ = load_digits()
+
+        self.teacher = load_teacher()
+        self.student = trainable_copy(self.teacher)
+        head = DiffusionGANHead(channels=64, resolution=4, groups=8)
+        self.critic = trainable_copy(self.teacher, head=head if settings.gan else None)
+        sigma_data = load_sigma_data()
+
+        # Times and weights of official DMD2 on ImageNet-64.
+        self.dm_loss = DistributionMatchingLoss(KarrasIndexTime(20, 981))
+        self.critic_loss = DenoisingLoss(KarrasIndexTime(), KarrasWeight(sigma_data))
+        self.gan_loss = DiffusionGANLoss(KarrasIndexTime())
+        self.simulator = BackwardSimulator(student_times(settings.steps))
+        self.ttur = TTURScheduler(settings.critic_steps)
+
+        updates = self.ttur.counts(settings.iterations)
+        self.student_optimizer, self.student_schedule = optimizer_and_schedule(
+            self.student, settings.learning_rate, updates.generator_updates
+        )
+        self.critic_optimizer, self.critic_schedule = optimizer_and_schedule(
+            self.critic, settings.critic_learning_rate, updates.critic_updates
+        )
+
+    def iterate(self, step: int, monitor: Monitor) -> dict[str, Tensor]:
+        """One iteration: on the generator's turn both update, else the critic."""
+        parts = self.settings.micro_batches
+        size = self.settings.batch_size // parts
+        generator_turn = self.ttur.generator_turn(step)
+        rung = self.simulator.draw_rung(self.rung_generator)  # one for the cycle
+        metrics: dict[str, Tensor] = {}
+        finite = []
+        for _ in range(parts):
+            labels = torch.randint(CLASSES, (size,), generator=self.generator)
+            noise = torch.randn(size, *SHAPE, generator=self.generator)
+            x_t, t, _ = self.simulator(
+                self.student, noise, labels, rung=rung, generator=self.generator
+            )
+            with torch.set_grad_enabled(generator_turn):
+                x = self.student(x_t, t, labels)
+            losses: dict[str, Any] = {}
+            if generator_turn:
+                losses |= self.generator_losses(x, labels)
+                total = losses["dm"].loss
+                if self.settings.gan:
+                    total = total + self.settings.gan_weight * losses["gan"].loss
+                with frozen(self.critic.network):
+                    (total / parts).backward()
+            # The same sample, made before the student's update, as in official DMD2.
+            losses |= self.critic_losses(x.detach(), labels)
+            total = losses["critic"].loss
+            if self.settings.gan:
+                weight = self.settings.discriminator_weight
+                total = total + weight * losses["discriminator"].loss
+            (total / parts).backward()
+            finite.append(all_finite(*losses.values()))
+            if not bool(finite[-1]):
+                monitor.require_finite(**losses)
+            for name in ("dm", "discriminator"):
+                if name in losses:
+                    metrics |= losses[name].metrics
+        if generator_turn:
+            self.update(self.student, self.student_optimizer, self.student_schedule)
+        self.update(self.critic, self.critic_optimizer, self.critic_schedule)
+        return metrics
+
+    def generator_losses(self, x: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Eq. 2, and the generator's side of Eq. 4."""
+        with frozen(self.critic.network):
+            losses: dict[str, Any] = {
+                "dm": self.dm_loss(
+                    x,
+                    labels,
+                    real=self.teacher,
+                    fake=self.critic,
+                    generator=self.generator,
+                )
+            }
+            if self.settings.gan:
+                losses["gan"] = self.gan_loss.generator(
+                    x, labels, discriminator=self.critic, generator=self.generator
+                )
+        return losses
+
+    def critic_losses(self, x: Tensor, labels: Tensor) -> dict[str, Any]:
+        """Denoising of the student's samples, and telling them from real digits."""
+        losses: dict[str, Any] = {
+            "critic": self.critic_loss(
+                x, labels, denoiser=self.critic, generator=self.generator
+            )
+        }
+        if self.settings.gan:
+            rows = torch.randint(
+                len(self.train.images), (len(x),), generator=self.generator
+            )
+            losses["discriminator"] = self.gan_loss.discriminator(
+                x,
+                labels,
+                self.train.images[rows],
+                self.train.labels[rows],
+                discriminator=self.critic,
+                generator=self.generator,
+            )
+        return losses
+
+    def update(
+        self,
+        denoiser: ScoreEstimator,
+        optimizer: torch.optim.Optimizer,
+        schedule: LambdaLR,
+    ) -> None:
+        """Clips, steps and clears one network."""
+        nn.utils.clip_grad_norm_(
+            denoiser.parameters(),
+            self.settings.max_gradient_norm,
+            error_if_nonfinite=True,
+        )
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+    def draw(self, noise: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Samples from the student."""
+        return self.simulator.sample(self.student, noise, labels, generator=generator)
+
+
+def student_times(steps: int) -> tuple[float, ...]:
+    """The student's noise levels: Karras' grid from 80, its last level left out."""
+    return karras_sigmas(steps + 1)[:-1]
+
+
+def optimizer_and_schedule(
+    denoiser: ScoreEstimator, learning_rate: float, updates: int
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW with the paper's settings, and a cosine over its own updates."""
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.01
+    )
+    schedule = LambdaLR(
+        optimizer, lambda n: 0.5 * (1 + math.cos(math.pi * min(n / max(updates, 1), 1)))
+    )
+    return optimizer, schedule
+
+
+class Record:
+    """The curves and the time spent, for checkpoints and the summary."""
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": [dict(p) for p in self.points], "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.points = [dict(p) for p in state["points"]]
+        self.seconds = float(state["seconds"])
+
+
+def train(run: Distillation, evaluator: Evaluator) -> Record:
+    """The loop: iterations, curves, checkpoints."""
+    settings, record, monitor = run.settings, Record(), Monitor(window=10)
+    parts: dict[str, Any] = {
+        "modules": {"student": run.student.network, "critic": run.critic.network},
+        "optimizers": {
+            "student": run.student_optimizer,
+            "critic": run.critic_optimizer,
+        },
+        "states": {
+            "student_schedule": run.student_schedule,
+            "critic_schedule": run.critic_schedule,
+            "generator": GeneratorState(run.generator),
+            "rung_generator": GeneratorState(run.rung_generator),
+            "record": record,
+            "monitor": monitor,
+        },
+    }
+    folder, start = settings.out / "checkpoints", 0
+    if settings.resume:
+        if not (found := checkpoints(folder)):
+            raise SystemExit(f"--resume: there is no checkpoint in {folder}.")
+        start = load_checkpoint(found[-1], **parts)
+        print(f"Resumed at iteration {start}.")
+
+    def measure(step: int, metrics: dict[str, Tensor]) -> None:
+        images = draw_many(run.draw, samples=1000, seed=10_000).images
+        frechet = evaluator.frechet(images)
+        for text in monitor.observe(step, images, {**metrics, "frechet": frechet}):
+            bar.write(text)
+        record.points.append(dict(monitor.history[-1]))
+        bar.set_postfix(
+            frechet=f"{frechet:.2f}",
+            gap=f"{record.points[-1].get('gap', 0):.3f}",
+            brightness=f"{record.points[-1]['brightness']:.3f}",
+        )
+
+    steps = range(start, settings.iterations)
+    bar = tqdm(steps, desc="distilling", initial=start, total=settings.iterations)
+    metrics: dict[str, Tensor] = {}
+    if start == 0:
+        measure(0, metrics)
+    started = time.perf_counter()
+    for step in bar:
+        metrics |= run.iterate(step, monitor)
+        done = step + 1
+        if done % settings.evaluate_every == 0 or done == settings.iterations:
+            record.seconds += time.perf_counter() - started
+            measure(done, metrics)
+            save_checkpoint(folder, step=done, keep=2, **parts)
+            started = time.perf_counter()
+    return record
+
+
+def export(run: Distillation, folder: Path) -> None:
+    """Writes the student as a diffusers UNet, with what sampling needs beside it."""
+    network_of(run.student).unet.save_pretrained(folder)
+    about = {
+        "times": run.simulator.times,
+        "process": "VarianceExploding",
+        "parameterization": "KarrasPreconditioning",
+        "sigma_data": load_sigma_data(),
+        "seed": run.settings.seed,
+        "iterations": run.settings.iterations,
+    }
+    (folder / "dmdkit.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def sample(settings: Settings) -> None:
+    """Draws ten digits of each class from an exported student."""
+    from diffusers import UNet2DModel
+
+    folder = settings.sample
+    assert folder is not None
+    if not (folder / "dmdkit.json").is_file():
+        raise SystemExit(f"--sample: {folder} holds no exported student.")
+    about = json.loads((folder / "dmdkit.json").read_text())
+    student = build_denoiser(about["sigma_data"])
+    network_of(student).unet = UNet2DModel.from_pretrained(folder)
+    simulator = BackwardSimulator(tuple(about["times"]))
+    images = draw_many(
+        lambda noise, labels, generator: simulator.sample(
+            student, noise, labels, generator=generator
+        ),
+        samples=10 * CLASSES,
+        seed=settings.seed,
+    ).images
+    settings.out.mkdir(parents=True, exist_ok=True)
+    path = settings.out / "drawn.png"
+    save_grid(images, path)
+    print(f"Wrote {path}: rows of ten, classes 0 ... 9 from left to right.")
+
+
+def main(settings: Settings) -> None:
+    """Distils, evaluates, and writes everything to OUT."""
+    if settings.sample is not None:
+        return sample(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    evaluator = Evaluator()
+    run = Distillation(settings)
+    record = train(run, evaluator)
+    export(run, settings.out / "student")
+
+    student = evaluator.row(run.draw)
+    shipped = json.loads(ROWS_FILE.read_text())["rows"]
+    teacher = teacher_rows(evaluator) if settings.full_evaluation else shipped
+    student_rows = {str(settings.steps): student}
+
+    def column(name: str) -> dict[str, dict[str, float]]:
+        return {
+            "teacher": {calls: row[name] for calls, row in teacher.items()},
+            "student": {calls: row[name] for calls, row in student_rows.items()},
+        }
+
+    real_nearest = evaluator.nearest(evaluator.held_out.images)
+    summary = {
+        "frechet": column("frechet"),
+        "frechet_held_out": column("frechet_held_out"),
+        "accuracy": column("accuracy"),
+        "nearest": {**column("nearest"), "real": real_nearest},
+        "seconds_per_1000": column("seconds_per_1000"),
+        "floor": evaluator.floor,
+        "frechet_by_seed": student["frechet_by_seed"],
+        "train_seconds": record.seconds,
+        "seeds": {"training": settings.seed, "evaluation": [1, 2, 3]},
+        "samples": 5000,
+        "iterations": settings.iterations,
+        "generator_updates": run.ttur.counts(settings.iterations).generator_updates,
+    }
+    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    save_samples(run.teacher, run.draw, settings.out / "samples.png")
+    save_curves(
+        record.points,
+        {calls: row["frechet"] for calls, row in teacher.items()},
+        evaluator.floor,
+        evaluator.train.images.mean().item(),
+        settings.out / "curves.png",
+    )
+    print_table(teacher, student_rows, evaluator, real_nearest)
+    print(
+        f"Trained for {record.seconds:.0f} s. Wrote {settings.out}/samples.png, "
+        "curves.png, summary.json, and the student in student/."
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
