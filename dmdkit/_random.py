@@ -8,8 +8,10 @@ def check_generator(
     generator: torch.Generator | None, device: torch.device | str | None
 ) -> None:
     """Raises `ValueError` if a generator cannot draw on the device."""
-    wanted = torch.device("cpu" if device is None else device)
-    if generator is not None and generator.device.type != wanted.type:
+    if generator is None:
+        return
+    wanted = torch.get_default_device() if device is None else torch.device(device)
+    if generator.device.type != wanted.type:
         raise ValueError(
             f"generator: it lives on {generator.device}, the draw is on {wanted}; "
             f"make it with torch.Generator('{wanted}')."

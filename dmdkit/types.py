@@ -30,6 +30,12 @@ Time: TypeAlias = Float32[Tensor, " b"]
 PerSample: TypeAlias = Float[Tensor, " b"]
 """One number a sample: coefficients, weights, distances."""
 
+RealLatent: TypeAlias = Float[Tensor, " n *d"]
+"""Real samples of the same shape in a batch of their own size."""
+
+RealTime: TypeAlias = Float32[Tensor, " n"]
+"""One time a real sample."""
+
 Flags: TypeAlias = Bool[Tensor, " b"]
 """One truth value a sample."""
 

@@ -158,12 +158,14 @@ class Settings:
 
     samples: int = SAMPLES
     seeds: tuple[int, ...] = SEEDS
+    threads: int = 1
     file: Path = ROWS_FILE
     """Where the rows go."""
 
 
 def main(settings: Settings) -> None:
     """Measures the teacher and writes its rows."""
+    torch.set_num_threads(settings.threads)
     evaluator = Evaluator()
     rows = teacher_rows(evaluator, settings.seeds, settings.samples)
     about = {

@@ -51,16 +51,18 @@ class Settings:
     ema_decay: float = 0.998
     evaluate_every: int = 250
     seed: int = 0
-    out: Path = Path("digits_teacher")
+    out: Path = Path("runs/digits_teacher")
     """Checkpoints."""
     file: Path = TEACHER_FILE
     """Where the weights go."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`."""
+    threads: int = 1
 
 
 def main(settings: Settings) -> None:
     """Trains, evaluates on held-out images, keeps the best average."""
+    torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     train, held_out = load_digits()

@@ -31,7 +31,8 @@ class UNetNetwork(nn.Module):
 
     Raises:
         TypeError: If `unet` is no `UNet2DModel`.
-        ValueError: If the place is unknown, or classes are not given as labels.
+        ValueError: If the place is unknown, classes are not given as labels, or the
+            time embedding is a table.
 
     Examples:
         >>> import torch
@@ -62,6 +63,11 @@ class UNetNetwork(nn.Module):
             raise ValueError(
                 f"unet: class_embed_type {unet.config['class_embed_type']!r} is not "
                 "supported; use integer labels (num_class_embeds) or none."
+            )
+        if unet.config["time_embedding_type"] == "learned":
+            raise ValueError(
+                "unet: time_embedding_type 'learned' looks up whole numbers and is not "
+                "supported; use 'positional' or 'fourier'."
             )
         self.unet, self.place = unet, features
 

@@ -24,15 +24,17 @@ def concatenate_conditions(first: Condition, second: Condition) -> Condition:
         The pytree whose leaves are concatenated along axis 0.
 
     Raises:
-        ValueError: If the structures differ.
+        ValueError: If the structures, or the shapes of two leaves beyond the batch,
+            differ.
         TypeError: If a leaf is no tensor.
     """
     leaves, structure = tree_flatten(first)
     others, other_structure = tree_flatten(second)
     if structure != other_structure:
+        one, two = (" ".join(str(s).split()) for s in (structure, other_structure))
         raise ValueError(
-            f"cond: {structure} and the unconditional {other_structure} differ in "
-            "structure; `unconditional` must answer with the structure it was given."
+            f"cond: its structure is {two}, that of its unconditional counterpart "
+            f"{one}; `unconditional` must answer with the structure it was given."
         )
 
     def join(a: Any, b: Any) -> Any:
@@ -42,6 +44,11 @@ def concatenate_conditions(first: Condition, second: Condition) -> Condition:
             raise TypeError(
                 f"cond: cannot concatenate {describe(a)} and {describe(b)}; every leaf "
                 "must be a batch-first tensor."
+            )
+        if not a.ndim or not b.ndim or a.shape[1:] != b.shape[1:]:
+            raise ValueError(
+                f"cond: cannot concatenate {describe(a)} and {describe(b)} along the "
+                "batch; every other axis of a leaf must be as long in both."
             )
         return torch.cat((a, b))
 

@@ -104,11 +104,11 @@ class VarianceExploding(NoiseProcess):
 
     def alpha(self, t: Time) -> PerSample:
         """One, for every sigma."""
-        return torch.where(t >= 0, 1.0, torch.nan).to(t.dtype)
+        return torch.where((t >= 0) & t.isfinite(), 1.0, torch.nan).to(t.dtype)
 
     def sigma(self, t: Time) -> PerSample:
         """The time itself."""
-        return torch.where(t >= 0, t, torch.nan)
+        return torch.where((t >= 0) & t.isfinite(), t, torch.nan)
 
     @property
     def reaches_pure_noise(self) -> bool:
@@ -168,7 +168,7 @@ class DiscreteVariancePreserving(NoiseProcess):
 
     @classmethod
     def from_alphas_cumprod(
-        cls, values: Sequence[float] | Tensor
+        cls, values: Sequence[float | int] | Tensor
     ) -> "DiscreteVariancePreserving":
         """Takes the table of a scheduler.
 
@@ -183,7 +183,7 @@ class DiscreteVariancePreserving(NoiseProcess):
 
     @classmethod
     def from_betas(
-        cls, betas: Sequence[float] | Tensor
+        cls, betas: Sequence[float | int] | Tensor
     ) -> "DiscreteVariancePreserving":
         r"""Builds the table from $\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)$.
 
@@ -244,7 +244,7 @@ class DiscreteVariancePreserving(NoiseProcess):
 
     def check_time(self, t: float | int) -> None:
         """Raises `ValueError` unless `t` is a whole index of the table."""
-        if t != int(t) or not 0 <= t < self.steps:
+        if not (0 <= t < self.steps and t == int(t)):
             raise ValueError(
                 f"time: got {t}, expected a whole index in 0 ... {self.steps - 1}."
             )

@@ -145,35 +145,21 @@ class ScoreEstimator(nn.Module):
                 f"want: got {list(want)}, expected one or more of "
                 f"{', '.join(Estimate._fields)}."
             )
-        c = self.parameterization.coefficients(self.process, t)
         inner: list[Want] = [name for name in ("features", "logits") if name in want]
         if "x0" in want or "score" in want:
             inner.insert(0, "output")
-        try:
-            given = self.network(
-                expand_as(c.c_in, x_t) * x_t, c.c_noise, cond, want=tuple(inner)
-            )
-        except TypeError as error:
-            if "'want'" not in str(error):
-                raise
-            raise TypeError(
-                f"network: it takes no `want`, so it cannot give {', '.join(want)}; "
-                "see dmdkit.types.FeatureNetwork, or give it a head with "
-                "NetworkWithHead."
-            ) from error
-        if not isinstance(given, NetworkOutput) or any(
-            getattr(given, name) is None for name in inner
-        ):
-            raise TypeError(
-                f"network: asked for {', '.join(inner)}, it did not give all of them; "
-                "a head is needed for logits (see trainable_copy(..., head=...))."
-            )
-        x0 = score = None
-        if given.output is not None:
+        c = self.parameterization.coefficients(self.process, t)
+        given = self._ask(expand_as(c.c_in, x_t) * x_t, c.c_noise, cond, inner)
+        found: dict[str, Tensor | None] = {
+            "features": given.features,
+            "logits": given.logits,
+        }
+        if "output" in inner:
             x0 = self._to_x0(given.output, x_t, c.c_skip, c.c_out)
-        if "score" in want and x0 is not None:
-            score = self._to_score(x0, x_t, t)
-        return Estimate(x0, score, given.features, given.logits)
+            found["x0"] = x0
+            if "score" in want:
+                found["score"] = self._to_score(x0, x_t, t)
+        return Estimate(**{name: found[name] for name in want})
 
     @checked
     def score(self, x_t: Latent, t: Time, cond: Condition = None) -> Latent:
@@ -183,7 +169,7 @@ class ScoreEstimator(nn.Module):
 
         Args:
             x_t: Noisy samples, [b, ...].
-            t: Their times, fp32 [b]; infinite where sigma is 0.
+            t: Their times, fp32 [b]; the score is not finite where sigma is 0.
             cond: The condition.
 
         Returns:
@@ -231,9 +217,38 @@ class ScoreEstimator(nn.Module):
         assert logits is not None
         return logits
 
+    def _ask(
+        self, x: Tensor, c_noise: Tensor, cond: Condition, want: list[Want]
+    ) -> NetworkOutput:
+        if want == ["output"]:
+            return NetworkOutput(self.network(x, c_noise, cond))
+        try:
+            given = self.network(x, c_noise, cond, want=tuple(want))
+        except TypeError as error:
+            if "'want'" not in str(error):
+                raise
+            raise TypeError(
+                f"network: it takes no `want`, so it cannot give {', '.join(want)}; "
+                "see dmdkit.types.FeatureNetwork, or give it a head with "
+                "NetworkWithHead."
+            ) from error
+        if not isinstance(given, NetworkOutput) or any(
+            getattr(given, name) is None for name in want
+        ):
+            raise TypeError(
+                f"network: asked for {', '.join(want)}, it did not give all of them; "
+                "a head is needed for logits (see trainable_copy(..., head=...))."
+            )
+        return given
+
     def _to_x0(
-        self, output: Tensor, x_t: Tensor, c_skip: Tensor, c_out: Tensor
+        self, output: object, x_t: Tensor, c_skip: Tensor, c_out: Tensor
     ) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"network: its output is {describe(output)}, expected one tensor; wrap "
+                "the network so that it answers with that alone."
+            )
         if output.shape != x_t.shape:
             raise ValueError(
                 f"network: its output is {describe(output)} for an input "

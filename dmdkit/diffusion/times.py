@@ -104,9 +104,9 @@ class DiscreteUniformTime:
 
     def __post_init__(self) -> None:
         """Checks the range."""
-        _check_range(max(self.low, 0), self.high)
         if self.low < 0:
             raise ValueError(f"low: got {self.low}, expected an index >= 0.")
+        _check_range(self.low, self.high)
 
     def __call__(
         self, batch: int, *, device: Device = None, generator: Generator = None
@@ -156,7 +156,7 @@ class KarrasIndexTime:
         """Draws one sigma for each of `batch` samples, fp32 [b]."""
         index = indices(self.low, self.high, batch, device, generator)
         table: DeviceTable = self._sigmas  # pyright: ignore[reportAttributeAccessIssue]
-        return table.on(index.device)[index]
+        return table.beside(index)[index]
 
 
 @dataclass(frozen=True)

@@ -102,4 +102,6 @@ class DiffusionGANHead(nn.Module):
                 f"features: got {list(features.shape[1:])} a sample, the head was made "
                 f"for {list(expected)}; set channels and resolution to the former."
             )
-        return self.layers(features.float()).float().reshape(-1)
+        # Contiguous, since oneDNN's bf16 convolutions to a 1x1 map are wrong for
+        # channels last (pytorch/pytorch issue 163347).
+        return self.layers(features.float().contiguous()).float().reshape(-1)

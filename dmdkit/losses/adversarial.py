@@ -1,7 +1,8 @@
 r"""The diffusion GAN loss: real or generated, told apart after noise (DMD2, Eq. 4).
 
-The paper writes the objective of the discriminator $D = \mathrm{sigmoid}(\ell)$ with
-logit $\ell$; official code minimises the non-saturating form written here:
+With the logit $\ell$ of the discriminator $D = \mathrm{sigmoid}(\ell)$, official code
+minimises the standard non-saturating form. It is followed here, for the paper's Eq. 4
+prints $-\log D$ of generated samples where that form has $\log(1 - D)$:
 $\mathrm{softplus}(\ell_\mathrm{fake}) + \mathrm{softplus}(-\ell_\mathrm{real})$ for the
 discriminator and $\mathrm{softplus}(-\ell_\mathrm{fake})$ for the generator.
 """
@@ -20,6 +21,8 @@ from dmdkit.types import (
     Flags,
     Latent,
     Logits,
+    RealLatent,
+    RealTime,
     Scalar,
     Time,
     TimeSampler,
@@ -33,7 +36,7 @@ class GANGeneratorOutput(NamedTuple):
         loss: The loss.
         logits: The logits of generated samples, [b].
         t: Their times, [b].
-        finite: Which samples have a finite logit, bool [b].
+        finite: Which samples and their logits are finite, bool [b].
         metrics: Scalars by name: `fooled` (share of samples taken for real),
             `nonfinite` (number of samples).
     """
@@ -54,8 +57,8 @@ class GANDiscriminatorOutput(NamedTuple):
         logits_real: The logits of real samples, [b'].
         t: The times of generated samples, [b].
         t_real: The times of real samples, [b'].
-        finite: Which generated samples have a finite logit, bool [b].
-        finite_real: Which real samples have one, bool [b'].
+        finite: Which generated samples and their logits are finite, bool [b].
+        finite_real: Which real samples and their logits are, bool [b'].
         metrics: Scalars by name: `accuracy` (share told right; 0.5 is even), `fake` and
             `real` (mean logits), `nonfinite` (number of samples).
     """
@@ -163,7 +166,7 @@ class DiffusionGANLoss:
         require_gradient("x", x)
         x_t, t, _ = draw(x, discriminator.process, self.times, t, noise, generator)
         logits = discriminator.logits(x_t, t, cond)
-        finite = finite_samples(logits)
+        finite = finite_samples(x, logits)
         metrics = {
             "fooled": (logits.detach() > 0).float().mean(),
             "nonfinite": (~finite).sum(),
@@ -177,14 +180,14 @@ class DiffusionGANLoss:
         self,
         x: Latent,
         cond: Condition,
-        real: torch.Tensor,
+        real: RealLatent,
         real_cond: Condition,
         *,
         discriminator: Discriminator,
         t: Time | None = None,
         noise: Latent | None = None,
-        t_real: torch.Tensor | None = None,
-        noise_real: torch.Tensor | None = None,
+        t_real: RealTime | None = None,
+        noise_real: RealLatent | None = None,
         generator: torch.Generator | None = None,
     ) -> GANDiscriminatorOutput:
         """The discriminator's side: tell real from generated.
@@ -209,11 +212,6 @@ class DiffusionGANLoss:
             ValueError: If a shape is wrong.
             TypeError: If a dtype or the network is wrong.
         """
-        if real.shape[1:] != x.shape[1:]:
-            raise ValueError(
-                f"real: samples of shape {list(real.shape[1:])}, expected that of x, "
-                f"{list(x.shape[1:])}."
-            )
         process = discriminator.process
         with torch.no_grad():
             x_t, t, _ = draw(x.detach(), process, self.times, t, noise, generator)
@@ -222,7 +220,8 @@ class DiffusionGANLoss:
             )
         logits_fake = discriminator.logits(x_t, t, cond)
         logits_real = discriminator.logits(real_t, t_real, real_cond)
-        finite, finite_real = finite_samples(logits_fake), finite_samples(logits_real)
+        finite = finite_samples(x, logits_fake)
+        finite_real = finite_samples(real, logits_real)
         told_right = torch.cat((logits_fake < 0, logits_real > 0))
         metrics = {
             "accuracy": told_right.float().mean(),

@@ -1,10 +1,10 @@
 """How strongly each term of a loss pulls at the generated sample.
 
-The distribution matching gradient is divided by the number of elements, the GAN's is
-not: their balance moves with batch, channels and resolution, so a GAN weight does not
-carry over from one model to another. The author's advice for a new model is to start
-where both gradients at the generated sample have the same norm, and to search from
-there (tianweiy/DMD2, issue 73).
+The distribution matching loss is a mean over all elements, the GAN's over samples only:
+their balance moves with the number of elements of a sample (channels, height, width),
+not with the batch, so a GAN weight does not carry over from one model to another. The
+author's advice for a new model is to start where both gradients at the generated sample
+have the same norm, and to search from there (tianweiy/DMD2, issue 73).
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,8 @@ scores at one $x_t$ is $s_\mathrm{fake} - s_\mathrm{real} = \alpha_t (\mu_\mathr
 $$ g = \frac{\mu_\mathrm{fake}(x_t, t) - \mu_\mathrm{real}(x_t, t)}{\mathrm{mean} |x -
 \mu_\mathrm{real}(x_t, t)|} $$
 
-with the mean taken over one sample (DMD, arXiv 2311.18828, Eq. 8; official DMD2 code).
+with the mean taken over one sample, as official DMD2 code has it (the normalisation is
+that of DMD, arXiv 2311.18828, section 3.2).
 """
 
 from collections.abc import Callable
@@ -87,7 +88,7 @@ class DistributionMatchingOutput(NamedTuple):
         t: Their times, [b].
         x0_real: The teacher's estimates, [b, ...].
         x0_fake: The critic's estimates, [b, ...].
-        finite: Which samples have a finite gradient, bool [b].
+        finite: Which samples and their gradients are finite, bool [b].
         metrics: Scalars by name: `gradient_norm` (norm of the loss's gradient at x),
             `normalizer` (mean divisor), `gap` (mean |real - fake|: how far the critic
             is from the teacher; a falling gap is the one sign of progress here),
@@ -163,7 +164,8 @@ def gradient_surrogate(x: Latent, gradient: Latent) -> Scalar:
     gradient = gradient.detach().to(dtype)
     carrier = x.to(dtype)
     value = 0.5 * gradient.square().mean()
-    return value + ((carrier - carrier.detach()) * gradient).mean()
+    # Divided before it is multiplied: 1 / numel would round on its own.
+    return value + ((carrier - carrier.detach()) * (gradient / x.numel())).sum()
 
 
 @checked
@@ -198,16 +200,18 @@ def distribution_matching_loss(
     gradient = distribution_matching_gradient(
         x, x0_real, x0_fake, normalizer=normalizer
     )
-    finite = finite_samples(gradient)
+    finite = finite_samples(x, gradient)
     clean = x.detach().to(gradient.dtype)
     metrics = {
         "gradient_norm": gradient.norm() / gradient.numel(),
         "normalizer": normalizer(clean, x0_real.to(gradient.dtype)).mean(),
-        "gap": (x0_real - x0_fake).abs().mean(),
+        "gap": (x0_real.to(gradient.dtype) - x0_fake.to(gradient.dtype)).abs().mean(),
         "nonfinite": (~finite).sum(),
     }
     for name, value in (("student", clean), ("real", x0_real), ("fake", x0_fake)):
-        metrics[f"{name}_mean"], metrics[f"{name}_std"] = value.mean(), value.std()
+        value = value.to(gradient.dtype)
+        metrics[f"{name}_mean"] = value.mean()
+        metrics[f"{name}_std"] = value.std(correction=0)
     return DistributionMatchingOutput(
         gradient_surrogate(x, gradient),
         gradient,

@@ -114,7 +114,19 @@ class LPIPSDistance(nn.Module):
         )
         if weights is not None:
             self._load_backbone(Path(weights))
-        self.requires_grad_(False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "LPIPSDistance":
+        """Stays in evaluation mode: the heads' dropout would make the distance random.
+
+        Args:
+            mode: Not looked at.
+
+        Returns:
+            The module.
+        """
+        del mode
+        return super().train(False)
 
     if TYPE_CHECKING:
 
@@ -145,14 +157,13 @@ class LPIPSDistance(nn.Module):
             state = torch.load(path, map_location="cpu", weights_only=True)
         # torchvision numbers the layers of `features`; lpips keeps the numbers, in
         # slices: features.17.weight is slice4.17.weight.
-        named = {
-            f"{parts[-2]}.{parts[-1]}": value
-            for key, value in state.items()
-            if (parts := key.split("."))[0] == "features" or parts[0].isdigit()
-        }
+        named = {key.removeprefix("features."): value for key, value in state.items()}
         backbone: nn.Module = self.lpips.net
-        own = {key: ".".join(key.split(".")[-2:]) for key in backbone.state_dict()}
-        if not set(own.values()) <= set(named):
+        own = {key: key.partition(".")[2] for key in backbone.state_dict()}
+        if any(
+            name not in named or named[name].shape != backbone.state_dict()[key].shape
+            for key, name in own.items()
+        ):
             raise ValueError(
                 f"weights: {path} is not the state dict of this backbone's features."
             )
@@ -165,7 +176,7 @@ class RegressionOutput(NamedTuple):
     Attributes:
         loss: The mean distance.
         per_sample: The distances, [b].
-        finite: Which samples have a finite distance, bool [b].
+        finite: Which samples, targets and distances are finite, bool [b].
         metrics: Scalars by name: `nonfinite` (number of samples).
     """
 
@@ -210,7 +221,7 @@ class RegressionLoss:
                 f"distance: it gave shape {list(distances.shape)} for "
                 f"{x.shape[0]} samples, expected one number a sample."
             )
-        finite = finite_samples(distances)
+        finite = finite_samples(x, target, distances)
         return RegressionOutput(
             distances.mean(),
             distances.detach(),

@@ -102,7 +102,15 @@ class FeatureStatistics:
         return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Takes what `state_dict` gave.
+
+        Raises:
+            ValueError: If the number of features is another.
+        """
+        if state["mean"].shape != (self.dim,):
+            raise ValueError(
+                f"state: {state['mean'].numel()} features, expected {self.dim}."
+            )
         self.count = int(state["count"])
         self.mean, self._scatter = state["mean"].clone(), state["scatter"].clone()
 

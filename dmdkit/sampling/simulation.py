@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dmdkit._checked import checked
+from dmdkit._checked import checked, describe
 from dmdkit._random import check_generator, noise_like
 from dmdkit.diffusion.processes import NoiseProcess, expand_as
 from dmdkit.types import Condition, Denoiser, Latent, Time
@@ -57,11 +57,16 @@ class InputPolicy(Protocol):
         ...
 
 
-def _check_times(times: tuple[float, ...]) -> None:
+def _check_times(times: tuple[float | int, ...]) -> None:
     if not isinstance(times, tuple) or not times:
         raise TypeError(f"times: got {times!r}, expected a tuple of numbers.")
     if any(b >= a for a, b in itertools.pairwise(times)):
         raise ValueError(f"times: got {times}, expected falling values.")
+
+
+def _check_rung(rung: int, rungs: int) -> None:
+    if not 0 <= rung < rungs:
+        raise ValueError(f"rung: got {rung}, expected 0 ... {rungs - 1}.")
 
 
 def _draw_rung(
@@ -70,8 +75,7 @@ def _draw_rung(
     if rung is not None and rung_generator is not None:
         raise ValueError("rung: give either `rung` or `rung_generator`, not both.")
     if rung is not None:
-        if not 0 <= rung < rungs:
-            raise ValueError(f"rung: got {rung}, expected 0 ... {rungs - 1}.")
+        _check_rung(rung, rungs)
         return rung
     if rungs == 1:
         return 0
@@ -123,7 +127,7 @@ class BackwardSimulator:
         0
     """
 
-    times: tuple[float, ...]
+    times: tuple[float | int, ...]
 
     def __post_init__(self) -> None:
         """Checks the times."""
@@ -255,7 +259,7 @@ class PerSampleSimulator:
         times: The student's times in falling order.
     """
 
-    times: tuple[float, ...]
+    times: tuple[float | int, ...]
 
     def __post_init__(self) -> None:
         """Checks the times."""
@@ -279,7 +283,7 @@ class PerSampleSimulator:
             student: The student; called N - 1 times.
             noise: The noise of the inputs themselves, [b, ...]; pure noise at rung 0.
             cond: The condition.
-            rung: The rungs, whole numbers [b], or one for all; drawn if None.
+            rung: The rungs, int64 [b], or one for all; drawn if None.
             rung_generator: Source of the rungs, on the CPU; each rank's own will do.
             generator: Source of the simulation's own noise, on the device of `noise`.
             data: Not looked at.
@@ -288,7 +292,7 @@ class PerSampleSimulator:
             The inputs, their times and rungs, [b].
 
         Raises:
-            ValueError: If a shape or a time is wrong.
+            ValueError: If a shape, a time or a rung is wrong.
             TypeError: If a dtype or the student is wrong.
         """
         del data
@@ -296,7 +300,14 @@ class PerSampleSimulator:
         if rung is None:
             check_generator(rung_generator, "cpu")
             rung = torch.randint(rungs, (batch,), generator=rung_generator)
-        rung = torch.as_tensor(rung, device=noise.device).expand(batch)
+        elif not isinstance(rung, Tensor):
+            _check_rung(rung, rungs)
+            rung = torch.full((batch,), rung)
+        if rung.dtype != torch.int64 or rung.shape != (batch,):
+            raise ValueError(
+                f"rung: got {describe(rung)}, expected int64[{batch}], one a sample."
+            )
+        rung = rung.to(noise.device)
         simulator = BackwardSimulator(self.times)
         with torch.no_grad():
             times = torch.tensor(self.times, dtype=torch.float32, device=noise.device)
@@ -328,7 +339,7 @@ class NoisedData:
         times: The student's times in falling order.
     """
 
-    times: tuple[float, ...]
+    times: tuple[float | int, ...]
 
     def __post_init__(self) -> None:
         """Checks the times."""

@@ -7,6 +7,7 @@ variance preserving noise DDIM, for rectified flow the velocity step. The last s
 to clean data, where it is the denoiser's estimate itself.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -30,9 +31,14 @@ def _levels(
     return expand_as(process.alpha(t), like), expand_as(process.sigma(t), like)
 
 
-def _start(denoiser: Denoiser, times: tuple[float, ...], noise: Tensor) -> Tensor:
+def _start(denoiser: Denoiser, times: tuple[float | int, ...], noise: Tensor) -> Tensor:
     for time in times:
         denoiser.process.check_time(time)
+    if float(denoiser.process.sigma(torch.tensor([float(times[-1])]))) == 0:
+        raise ValueError(
+            f"times: the last one, {times[-1]}, is clean data; leave it out, the last "
+            "step goes there anyway."
+        )
     return denoiser.process.prior(noise, _fill(times[0], noise))
 
 
@@ -45,7 +51,7 @@ class EulerSampler:
             each (see `karras_sigmas`, `few_step_times`, `few_step_flow_times`).
     """
 
-    times: tuple[float, ...]
+    times: tuple[float | int, ...]
 
     def __post_init__(self) -> None:
         """Checks the times."""
@@ -92,7 +98,7 @@ class HeunSampler:
             EDM's sampler at 17 calls, `karras_sigmas(256)` at 511.
     """
 
-    times: tuple[float, ...]
+    times: tuple[float | int, ...]
 
     def __post_init__(self) -> None:
         """Checks the times."""
@@ -163,7 +169,7 @@ class StochasticSampler:
         s_noise: Scales the noise added.
     """
 
-    times: tuple[float, ...]
+    times: tuple[float | int, ...]
     churn: float | int = 40
     s_min: float | int = 0.05
     s_max: float | int = 50
@@ -232,7 +238,7 @@ class AncestralSampler:
         times: The times in falling order, clean data left out: one call each.
     """
 
-    times: tuple[float, ...]
+    times: tuple[float | int, ...]
 
     def __post_init__(self) -> None:
         """Checks the times."""
@@ -264,11 +270,9 @@ class AncestralSampler:
             TypeError: If a dtype or the denoiser is wrong.
         """
         x = _start(denoiser, self.times, noise)
-        for now, then in zip(self.times, (*self.times[1:], None), strict=True):
+        for now, then in itertools.pairwise(self.times):
             t = _fill(now, x)
             x0 = denoiser(x, t, cond)
-            if then is None:
-                return x0
             alpha, sigma = _levels(denoiser, t, x)
             alpha_then, sigma_then = _levels(denoiser, _fill(then, x), x)
             ratio = alpha / alpha_then
@@ -278,4 +282,4 @@ class AncestralSampler:
             ) / sigma.square()
             spread = (added.sqrt() * sigma_then) / sigma
             x = mean + spread * noise_like(x, generator)
-        return x
+        return denoiser(x, _fill(self.times[-1], x), cond)

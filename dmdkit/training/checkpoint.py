@@ -6,14 +6,23 @@ The format is that of `torch.distributed.checkpoint`. A checkpoint is a folder
 
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import (
+    keystr,
+    tree_flatten_with_path,
+    tree_map,
+    tree_map_with_path,
+)
 
 _PREFIX = "step-"
 _META = "meta.json"
@@ -99,13 +108,21 @@ def save_checkpoint(
         raise ValueError(
             f"step, keep: got {step}, {keep}, expected step >= 0 and keep >= 1."
         )
-    state = _gather(modules, optimizers or {}, states or {})
+    optimizers, states = optimizers or {}, states or {}
+    started = {name: bool(optimizer.state) for name, optimizer in optimizers.items()}
+    state = _gather(modules, optimizers, states)
+    for name, optimizer in optimizers.items():
+        if not started[name]:
+            # PyTorch filled the empty state by a step, which would count.
+            optimizer.state.clear()
+            state[f"optimizer.{name}"]["state"] = {}
     directory = Path(directory)
     final = directory / f"{_PREFIX}{step:08d}"
     partial = directory / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    state_dict_saver.save(state, checkpoint_id=partial, no_dist=not _distributed())
+    with _one_process_is_meant():
+        state_dict_saver.save(state, checkpoint_id=partial, no_dist=not _distributed())
     meta = {"step": step, "torch": torch.__version__, "parts": sorted(state)}
     (partial / _META).write_text(json.dumps(meta, indent=2))
     for file in partial.iterdir():
@@ -116,7 +133,9 @@ def save_checkpoint(
     partial.rename(final)
     if keep is not None:
         for old in checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
+            # A run that went back is behind the checkpoints it made before.
+            if old != final:
+                shutil.rmtree(old)
     return final
 
 
@@ -153,25 +172,66 @@ def load_checkpoint(
         The step at which to continue.
 
     Raises:
-        ValueError: If there is no checkpoint, or its parts are not those asked for.
+        ValueError: If there is no checkpoint, or its parts are not those asked for, by
+            name or by shape.
     """
-    from torch.distributed.checkpoint import state_dict_loader
+    from torch.distributed.checkpoint import (
+        CheckpointException,
+        FileSystemReader,
+        state_dict_loader,
+    )
 
     path = Path(path)
     meta = path / _META
     if not meta.is_file():
         raise ValueError(f"path: there is no complete checkpoint in {path}.")
     saved = json.loads(meta.read_text())
-    modules, optimizers, states = modules, optimizers or {}, states or {}
-    state = _gather(modules, optimizers, states)
-    if saved["parts"] != sorted(state):
+    optimizers, states = optimizers or {}, states or {}
+    parts = _parts(modules, optimizers, states)
+    if saved["parts"] != parts:
         raise ValueError(
             f"path: {path} holds {', '.join(saved['parts'])}; asked for "
-            f"{', '.join(sorted(state))}. Build the same parts as when it was saved."
+            f"{', '.join(parts)}. Build the same parts as when it was saved."
         )
-    state_dict_loader.load(state, checkpoint_id=path, no_dist=not _distributed())
+    for optimizer in optimizers.values():
+        # Only an optimizer without state and gradients is filled by PyTorch.
+        optimizer.zero_grad()
+        optimizer.state.clear()
+    state = _gather(modules, optimizers, states)
+    keys = FileSystemReader(path).read_metadata().state_dict_metadata
+    for name in optimizers:
+        _leave_out_unsaved(state[f"optimizer.{name}"], f"optimizer.{name}", set(keys))
+    try:
+        with _one_process_is_meant():
+            state_dict_loader.load(
+                state, checkpoint_id=path, no_dist=not _distributed()
+            )
+    except CheckpointException as error:
+        why = "; ".join(str(failure) for failure, _ in error.failures.values())
+        raise ValueError(f"path: {path} does not fit what was built: {why}") from error
     _scatter(state, modules, optimizers, states)
     return int(saved["step"])
+
+
+def _parts(*named: Mapping[str, Any]) -> list[str]:
+    kinds = zip(("module", "optimizer", "state"), named, strict=True)
+    return sorted(["random", *(f"{kind}.{name}" for kind, of in kinds for name in of)])
+
+
+def _leave_out_unsaved(optimizer: dict[str, Any], prefix: str, keys: set[str]) -> None:
+    """Drops the state of parameters that had none: they never got a gradient."""
+    optimizer["state"] = {
+        name: values
+        for name, values in optimizer["state"].items()
+        if any(f"{prefix}.state.{name}.{key}" in keys for key in values)
+    }
+
+
+@contextmanager
+def _one_process_is_meant() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _distributed() -> bool:
@@ -199,8 +259,23 @@ def _gather(
             modules[name], optimizer
         )
     for name, value in states.items():
-        state[f"state.{name}"] = value.state_dict()
+        state[f"state.{name}"] = _split(value.state_dict())
     return state
+
+
+def _split(state: Any) -> dict[str, Any]:
+    """Takes the tensors out of a state, whose other content may change its shape."""
+    leaves, _ = tree_flatten_with_path(state)
+    tensors = {keystr(path): v for path, v in leaves if isinstance(v, Tensor)}
+    rest = tree_map(lambda v: None if isinstance(v, Tensor) else v, state)
+    return {"tensors": tensors, "rest": pickle.dumps(rest)}
+
+
+def _join(parts: Mapping[str, Any]) -> Any:
+    tensors = parts["tensors"]
+    return tree_map_with_path(
+        lambda path, v: tensors.get(keystr(path), v), pickle.loads(parts["rest"])
+    )
 
 
 def _scatter(
@@ -215,9 +290,12 @@ def _scatter(
         dcp_state.set_model_state_dict(module, state[f"module.{name}"])
     for name, optimizer in optimizers.items():
         dcp_state.set_optimizer_state_dict(
-            modules[name], optimizer, optim_state_dict=state[f"optimizer.{name}"]
+            modules[name],
+            optimizer,
+            optim_state_dict=state[f"optimizer.{name}"],
+            options=dcp_state.StateDictOptions(strict=False),
         )
     for name, value in states.items():
-        value.load_state_dict(state[f"state.{name}"])
+        value.load_state_dict(_join(state[f"state.{name}"]))
     # Last: gathering an optimizer's state may run a step and draw random numbers.
     _GlobalRandomState().load_state_dict(state["random"])

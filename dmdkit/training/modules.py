@@ -16,6 +16,7 @@ from dmdkit.discriminators.networks import NetworkWithHead
 def frozen(*modules: nn.Module) -> Iterator[None]:
     """Lets gradients flow through modules, but not into them.
 
+    Run the backward inside as well: activation checkpointing recomputes a forward then.
     On leaving, every parameter's `requires_grad` is what it was: a teacher that was
     frozen before stays frozen. (Official DMD2 switches everything back on, the teacher
     included.)
@@ -70,7 +71,7 @@ def trainable_copy(
             "copy the teacher itself, not its guidance or wrapper."
         )
     wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(estimator.network, wrapped) or any(
+    if any(isinstance(m, wrapped) for m in estimator.modules()) or any(
         hasattr(p, "device_mesh") for p in estimator.parameters()
     ):
         raise TypeError(

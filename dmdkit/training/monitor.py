@@ -6,6 +6,7 @@ normalised gradient. What can be watched is whether general image statistics set
 discriminator can tell real from generated.
 """
 
+import math
 import statistics
 import warnings
 from collections import deque
@@ -163,7 +164,7 @@ class Monitor:
         Args:
             step: The step, for the history.
             samples: The student's samples, [b, c, ...].
-            metrics: Scalars by name; `gap` and `accuracy` are judged, all are kept.
+            metrics: Scalars by name; all are kept, and `accuracy` is judged.
 
         Returns:
             New warnings, each a sentence; each kind is also given to
@@ -186,9 +187,11 @@ class Monitor:
         """The stability signal: 0 is still; None until the window is full."""
         if len(self._recent) < self.window:
             return None
-        brightness = [entry["brightness"] for entry in self._recent]
-        contrast = statistics.fmean(entry["contrast"] for entry in self._recent)
-        return statistics.pstdev(brightness) / max(contrast, 1e-12)
+        # `statistics` raises at values that are not finite.
+        brightness = torch.tensor([entry["brightness"] for entry in self._recent])
+        contrast = torch.tensor([entry["contrast"] for entry in self._recent]).mean()
+        spread = brightness.double().std(correction=0)
+        return float(spread / contrast.clamp(min=1e-12))
 
     def require_finite(self, **losses: Any) -> None:
         """Stops the run if a loss was not finite.
@@ -213,11 +216,19 @@ class Monitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes a history."""
         self.history = [dict(entry) for entry in state["history"]]
-        self._recent.extend(self.history[-self.window :])
+        self._recent = deque(self.history[-self.window :], maxlen=self.window)
         self._said = set(state["said"])
 
     def _judge(self) -> list[tuple[str, str]]:
         verdicts = []
+        if not math.isfinite(self._recent[-1]["brightness"]):
+            verdicts.append(
+                (
+                    "nonfinite",
+                    "The samples hold values that are not finite: the student is "
+                    "broken. Go back to a checkpoint and lower the learning rate.",
+                )
+            )
         signal = self.instability()
         if signal is not None and signal > self.unstable_above:
             verdicts.append(

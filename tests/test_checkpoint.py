@@ -1,0 +1,329 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
+
+from dmdkit import (
+    ExponentialMovingAverage,
+    FeatureStatistics,
+    GeneratorState,
+    Monitor,
+    checkpoints,
+    linear_warmup,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dmdkit.training.checkpoint import _GlobalRandomState
+
+
+class Run:
+    """A run with everything that can be resumed, its randomness included."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.student, self.critic = nn.Linear(3, 3), nn.Linear(3, 1)
+        self.of_student = torch.optim.AdamW(self.student.parameters(), lr=1e-2)
+        self.of_critic = torch.optim.AdamW(self.critic.parameters(), lr=1e-2)
+        self.schedule = linear_warmup(self.of_student, 8)
+        self.ema = ExponentialMovingAverage(self.student, (0.5, 0.9))
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.monitor = Monitor(window=4, unstable_above=1e9)
+        self.seen = FeatureStatistics(3)
+
+    def train(self, first: int, last: int) -> "Run":
+        for step in range(first, last):
+            noise = torch.randn(4, 3, generator=self.generator)
+            x = self.student(noise) + 0.1 * torch.randn(4, 3)  # the global generator
+            if step % 2 == 0:
+                self.critic(x).square().mean().backward()
+                self.of_student.step()
+                self.of_student.zero_grad()
+                self.of_critic.zero_grad()
+                self.schedule.step()
+                self.ema.update(self.student)
+            self.critic(x.detach()).cos().mean().backward()
+            self.of_critic.step()
+            self.of_critic.zero_grad()
+            self.monitor.observe(step, x, {"gap": x.abs().mean()})
+            self.seen.update(x)
+        return self
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        return {
+            "modules": {"student": self.student, "critic": self.critic},
+            "optimizers": {"student": self.of_student, "critic": self.of_critic},
+            "states": {
+                "schedule": self.schedule,
+                "ema": self.ema,
+                "noise": GeneratorState(self.generator),
+                "monitor": self.monitor,
+                "seen": self.seen,
+            },
+        }
+
+    def everything(self) -> dict[str, Any]:
+        return copy.deepcopy(
+            {
+                **{k: m.state_dict() for k, m in self.parts["modules"].items()},
+                **{
+                    f"of_{k}": o.state_dict()
+                    for k, o in self.parts["optimizers"].items()
+                },
+                **{k: s.state_dict() for k, s in self.parts["states"].items()},
+                "global": torch.get_rng_state(),
+            }
+        )
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+    whole = Run().train(0, 10).everything()
+    path = save_checkpoint(tmp_path, step=stop, **Run().train(0, stop).parts)
+    resumed = Run(seed=99)
+    torch.manual_seed(1234)
+    step = load_checkpoint(path, **resumed.parts)
+    assert step == stop
+    assert_equal(resumed.train(step, 10).everything(), whole)
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    whole = Run().train(0, 10).everything()
+    run = Run()
+    for step in range(10):
+        save_checkpoint(tmp_path, step=step, **run.parts, keep=2)
+        run.train(step, step + 1)
+    assert_equal(run.everything(), whole)
+
+
+def test_the_generators_of_all_gpus_are_restored(monkeypatch) -> None:
+    gpus = [torch.tensor([1], dtype=torch.uint8), torch.tensor([2], dtype=torch.uint8)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_rng_state_all", lambda: list(gpus))
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda v, i: gpus.__setitem__(i, v))
+    state = _GlobalRandomState().state_dict()
+    gpus.append(gpus.pop(0))
+    # One device more than when it was saved keeps what it has.
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    _GlobalRandomState().load_state_dict(state)
+    assert [int(gpu) for gpu in gpus] == [1, 2]
+
+
+def test_a_live_run_can_go_back(tmp_path: Path) -> None:
+    run = Run().train(0, 3)
+    path = save_checkpoint(tmp_path, step=3, **run.parts)
+    there = run.everything()
+    run.train(3, 6)
+    run.critic(torch.ones(1, 3)).sum().backward()
+    load_checkpoint(path, **run.parts)
+    assert_equal(run.everything(), there)
+
+
+def test_weights_that_never_got_a_gradient_are_no_obstacle(tmp_path: Path) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+        return module, torch.optim.AdamW(module.parameters())
+
+    module, optimizer = build()
+    module.get_submodule("used")(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    parts = {"modules": {"critic": module}, "optimizers": {"critic": optimizer}}
+    path = save_checkpoint(tmp_path, step=1, **parts)
+    other, other_optimizer = build()
+    parts = {"modules": {"critic": other}, "optimizers": {"critic": other_optimizer}}
+    load_checkpoint(path, **parts)
+    assert_equal(other.state_dict(), module.state_dict())
+    assert_equal(other_optimizer.state_dict(), optimizer.state_dict())
+
+
+def test_gradients_from_before_loading_do_not_keep_moments_out(tmp_path) -> None:
+    run, other = Run().train(0, 3), Run(seed=2)
+    path = save_checkpoint(tmp_path, step=3, **run.parts)
+    other.critic(torch.ones(1, 3)).sum().backward()
+    load_checkpoint(path, **other.parts)
+    assert_equal(other.everything(), run.everything())
+    assert all(p.grad is None for p in other.critic.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_other_optimizers_are_saved_too(tmp_path: Path, momentum: float) -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        module = nn.Linear(2, 2)
+        return module, torch.optim.SGD(module.parameters(), 0.1, momentum=momentum)
+
+    (module, optimizer), (other, other_optimizer) = build(), build()
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    path = save_checkpoint(
+        tmp_path, step=1, modules={"m": module}, optimizers={"m": optimizer}
+    )
+    load_checkpoint(path, modules={"m": other}, optimizers={"m": other_optimizer})
+    for one, of in ((module, optimizer), (other, other_optimizer)):
+        one(torch.ones(1, 2)).sum().backward()
+        of.step()
+    assert_equal(other.state_dict(), module.state_dict())
+
+
+class CrashError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "torch.distributed.checkpoint.state_dict_saver.save",  # before anything
+        "os.fsync",  # amid the tensors
+        "json.dumps",  # before the file that says that all is there
+        "shutil.rmtree",  # before the new name
+    ],
+)
+def test_a_crash_while_writing_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    run = Run().train(0, 2)
+    older = save_checkpoint(tmp_path, step=2, **run.parts)
+    there = run.everything()
+    run.train(2, 4)
+
+    def crash(path: Any = None, *args: Any, **kwargs: Any) -> None:
+        if not str(path).endswith(".partial"):
+            raise CrashError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, crash)
+        with pytest.raises((CrashError, CheckpointException)):
+            save_checkpoint(tmp_path, step=4, **run.parts)
+    assert checkpoints(tmp_path) == [older]
+    fresh = Run(seed=5)
+    assert load_checkpoint(checkpoints(tmp_path)[-1], **fresh.parts) == 2
+    assert_equal(fresh.everything(), there)
+    # What the crash left is replaced by the next attempt.
+    assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+    newer = save_checkpoint(tmp_path, step=4, **run.parts)
+    assert checkpoints(tmp_path) == [older, newer]
+    assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+    assert load_checkpoint(newer, **fresh.parts) == 4
+
+
+def test_half_a_checkpoint_is_not_listed_and_is_replaced(tmp_path: Path) -> None:
+    run = Run()
+    half = tmp_path / "step-00000003"
+    left_over = tmp_path / ".step-00000003.partial"
+    for folder in (half, left_over):
+        folder.mkdir()
+        (folder / "junk").write_text("half")
+    assert checkpoints(tmp_path) == []
+    with pytest.raises(ValueError, match="path: there is no complete checkpoint"):
+        load_checkpoint(half, **run.parts)
+    path = save_checkpoint(tmp_path, step=3, **run.parts)
+    assert path == half
+    assert checkpoints(tmp_path) == [path]
+    assert not (path / "junk").exists()
+    assert not left_over.exists()
+
+
+def test_the_newest_are_kept_and_the_oldest_go_first(tmp_path: Path) -> None:
+    run, saved = Run(), []
+    for step in (5, 90, 1000, 20_000):
+        saved.append(save_checkpoint(tmp_path, step=step, **run.parts, keep=2))
+    assert checkpoints(tmp_path) == saved[2:]
+    # A run that went back never deletes what it has just written.
+    again = save_checkpoint(tmp_path, step=7, **run.parts, keep=1)
+    assert again.is_dir()
+    assert load_checkpoint(again, **run.parts) == 7
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_the_same_step_is_replaced(tmp_path: Path) -> None:
+    run = Run()
+    save_checkpoint(tmp_path, step=1, **run.parts)
+    with torch.no_grad():
+        run.student.weight.fill_(3.0)
+    path = save_checkpoint(tmp_path, step=1, **run.parts)
+    fresh = Run(seed=4)
+    load_checkpoint(path, **fresh.parts)
+    assert fresh.student.weight.eq(3).all()
+
+
+def test_other_parts_than_saved_are_named_and_nothing_is_touched(
+    tmp_path: Path,
+) -> None:
+    path = save_checkpoint(tmp_path, step=1, **Run().parts)
+    fresh = Run(seed=3)
+    before = fresh.everything()
+    parts = fresh.parts
+    with pytest.raises(ValueError, match=r"holds .*state\.ema.*; asked for"):
+        load_checkpoint(path, modules=parts["modules"], optimizers=parts["optimizers"])
+    with pytest.raises(ValueError, match=r"asked for .*state\.loader"):
+        load_checkpoint(
+            path,
+            modules=parts["modules"],
+            optimizers=parts["optimizers"],
+            states={**parts["states"], "loader": fresh.ema},
+        )
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        load_checkpoint(tmp_path / "step-00000009", **parts)
+    assert_equal(fresh.everything(), before)
+
+
+def test_another_shape_than_saved_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, step=1, modules={"student": nn.Linear(2, 3)})
+    with pytest.raises(ValueError, match=r"does not fit what was built: .*student"):
+        load_checkpoint(path, modules={"student": nn.Linear(2, 4)})
+    with pytest.raises(ValueError, match=r"does not fit what was built: .*0\.weight"):
+        load_checkpoint(path, modules={"student": nn.Sequential(nn.Linear(2, 3))})
+
+
+def test_a_state_may_change_its_shape_from_step_to_step(tmp_path: Path) -> None:
+    class Loader:
+        def __init__(self) -> None:
+            self.state: dict[str, Any] = {}
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.state = state
+
+    saved, fresh = Loader(), Loader()
+    saved.state = {"order": [3, 1], "shards": [{"at": 5}, {"at": None}], "epoch": 2}
+    modules = {"m": nn.Linear(1, 1)}
+    path = save_checkpoint(tmp_path, step=1, modules=modules, states={"loader": saved})
+    load_checkpoint(path, modules=modules, states={"loader": fresh})
+    assert fresh.state == saved.state
+
+
+def test_bad_arguments_are_named(tmp_path: Path) -> None:
+    parts = Run().parts
+    with pytest.raises(ValueError, match="got -1, None, expected step >= 0"):
+        save_checkpoint(tmp_path, step=-1, **parts)
+    with pytest.raises(ValueError, match="got 1, 0, expected"):
+        save_checkpoint(tmp_path, step=1, **parts, keep=0)
+    with pytest.raises(ValueError, match="optimizers: student is no module"):
+        save_checkpoint(
+            tmp_path,
+            step=1,
+            modules={"critic": parts["modules"]["critic"]},
+            optimizers={"student": parts["optimizers"]["student"]},
+        )
+    assert checkpoints(tmp_path) == []

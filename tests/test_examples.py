@@ -1,0 +1,189 @@
+"""The examples, small, through their own command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import custom_loop
+import digits
+import digits_classifier
+import digits_teacher
+import pytest
+import torch
+import tyro
+from digits_common import (
+    CLASSIFIER_FILE,
+    TEACHER_FILE,
+    load_digits,
+    load_teacher,
+    network_of,
+)
+from torch import Tensor
+
+from dmdkit import Monitor, NonFiniteError
+
+SMALL = ["--iterations", "6", "--batch-size", "8", "--samples", "80"]
+SMALL += ["--evaluate-every", "3", "--critic-steps", "2"]
+
+
+def settings(out: Path, *options: str) -> digits.Settings:
+    return tyro.cli(digits.Settings, args=[*SMALL, "--out", str(out), *options])
+
+
+def student_weights(out: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "student" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("digits")
+    digits.main(settings(out))
+    return out
+
+
+def test_the_demo_writes_what_it_promises(run_folder: Path) -> None:
+    summary = json.loads((run_folder / "summary.json").read_text())
+    for name in ("frechet", "frechet_held_out", "accuracy", "nearest"):
+        assert set(summary[name]["teacher"]) == {"7", "17", "35", "63"}
+        assert set(summary[name]["student"]) == {"1"}
+    assert summary["seeds"] == {"training": 0, "evaluation": [1, 2, 3]}
+    assert summary["samples"] == 80
+    assert summary["generator_updates"] == 3
+    assert summary["floor"] > 0
+    assert summary["train_seconds"] > 0
+    for picture in ("samples.png", "curves.png"):
+        assert (run_folder / picture).stat().st_size > 10_000
+
+
+def test_a_killed_run_resumes_to_the_same_bits(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = digits.Distillation.iterate
+
+    def killed(self: Any, step: int, monitor: Monitor) -> dict[str, Tensor]:
+        if step == 4:  # the last checkpoint is that of step 3
+            raise KeyboardInterrupt
+        return whole(self, step, monitor)
+
+    monkeypatch.setattr(digits.Distillation, "iterate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        digits.main(settings(tmp_path))
+    monkeypatch.undo()
+    digits.main(settings(tmp_path, "--resume"))
+    uninterrupted, resumed = student_weights(run_folder), student_weights(tmp_path)
+    assert all(torch.equal(uninterrupted[k], resumed[k]) for k in uninterrupted)
+
+
+def test_an_exported_student_can_be_drawn_from(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    digits.main(settings(tmp_path, "--sample", str(run_folder / "student")))
+    assert (tmp_path / "drawn.png").stat().st_size > 1_000
+
+
+def test_multi_step_without_gan_and_with_accumulation(tmp_path: Path) -> None:
+    options = ("--steps", "4", "--no-gan", "--micro-batches", "2")
+    digits.main(settings(tmp_path, *options))
+    about = json.loads((tmp_path / "student" / "dmdkit.json").read_text())
+    assert len(about["times"]) == 4
+    assert about["times"][0] == pytest.approx(80)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["frechet"]["student"]) == {"4"}
+
+
+def test_a_sick_teacher_stops_the_run_before_any_step(tmp_path: Path) -> None:
+    run = digits.Distillation(settings(tmp_path))
+    with torch.no_grad():
+        network_of(run.teacher).unet.conv_out.weight.fill_(torch.nan)
+    before = [p.clone() for p in run.student.parameters()]
+    with pytest.raises(NonFiniteError, match=r"dm is not finite for sample 0 \(t = "):
+        run.iterate(0, Monitor())
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        (("--micro-batches", "3"), "--micro-batches 3"),
+        (("--samples", "64"), "--samples 64"),
+        (("--iterations", "0"), "--iterations 0"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(
+    tmp_path: Path, options: tuple[str, ...], names: str
+) -> None:
+    with pytest.raises(SystemExit, match=names) as error:
+        settings(tmp_path, *options)
+    assert "\n" not in str(error.value)
+
+
+def test_resume_and_sample_say_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is no checkpoint"):
+        digits.main(settings(tmp_path, "--resume"))
+    with pytest.raises(SystemExit, match="no exported student"):
+        digits.main(settings(tmp_path, "--sample", str(tmp_path)))
+
+
+def test_the_teacher_trains_resumes_and_writes_its_sidecar(tmp_path: Path) -> None:
+    def train(*options: str) -> None:
+        args = ["--batch-size", "8", "--evaluate-every", "2", *options]
+        args += ["--out", str(tmp_path / "out"), "--file", str(tmp_path / "t.st")]
+        digits_teacher.main(tyro.cli(digits_teacher.Settings, args=args))
+
+    train("--iterations", "2")
+    train("--iterations", "4", "--resume")
+    about = json.loads((tmp_path / "t.json").read_text())
+    assert about["step"] in (2, 4)
+    assert about["parameters"] == sum(p.numel() for p in load_teacher().parameters())
+
+
+def test_the_classifier_trains(tmp_path: Path) -> None:
+    args = ["--iterations", "3", "--file", str(tmp_path / "c.st")]
+    digits_classifier.main(tyro.cli(digits_classifier.Settings, args=args))
+    assert (tmp_path / "c.json").is_file()
+
+
+def test_shipped_weights_are_small_and_training_data_apart() -> None:
+    assert TEACHER_FILE.stat().st_size <= 2e6
+    assert CLASSIFIER_FILE.stat().st_size <= 2e6
+    train, held_out = load_digits()
+    assert len(train.images) + len(held_out.images) == 1797
+    assert train.images.min() == -1
+    assert train.images.max() == 1
+    # Two of scikit-learn's digits may coincide; the split must not be the cause.
+    copies = (
+        torch.cdist(held_out.images.flatten(1), train.images.flatten(1)) == 0
+    ).sum()
+    assert copies <= 1
+
+
+def in_a_mode(samples: Tensor) -> tuple[float, int]:
+    distance, mode = torch.cdist(samples, custom_loop.MODES).min(dim=1)
+    inside = distance < 3 * custom_loop.SPREAD
+    return inside.float().mean().item(), mode[inside].unique().numel()
+
+
+@pytest.mark.parametrize("setup", custom_loop.SETUPS)
+def test_custom_loop_moves_the_student_to_the_circle_of_modes(setup: str) -> None:
+    def off_the_circle(iterations: int) -> float:
+        samples = custom_loop.distil(setup, iterations, batch=64)
+        return abs(samples.norm(dim=1).mean().item() - 2)
+
+    assert off_the_circle(iterations=250) < 0.5 * off_the_circle(iterations=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", custom_loop.SETUPS)
+def test_custom_loop_hits_every_mode(setup: str) -> None:
+    share, modes = in_a_mode(custom_loop.distil(setup))
+    assert share > 0.3
+    assert modes == 8
+
+
+def test_custom_loop_is_short() -> None:
+    assert custom_loop.__file__ is not None
+    assert len(Path(custom_loop.__file__).read_text().splitlines()) <= 100
