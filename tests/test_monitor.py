@@ -262,3 +262,21 @@ def test_one_truth_value_for_all_losses_stays_on_the_device() -> None:
     # Nothing is read to the host: it works where there are no values.
     meta = Flagged(torch.ones(2, dtype=torch.bool, device="meta"), torch.zeros(2))
     assert all_finite(meta, meta).device.type == "meta"
+
+
+def test_a_gap_that_grows_again_is_warned_about_once() -> None:
+    monitor, said = Monitor(window=2, gap_above=2), []
+    x = torch.eye(8).expand(2, 1, 8, 8)
+    # The rise from the start, where critic and teacher are one, is no sign of trouble.
+    for step, gap in enumerate((0.0, 0.1, 1.0, 1.2, 0.4, 0.4, 0.7, 0.8)):
+        said += monitor.observe(step, x, {"gap": gap})
+    assert not said
+    with pytest.warns(UserWarning, match="The gap between teacher and critic is 0.95"):
+        said += monitor.observe(8, x, {"gap": 0.9}) + monitor.observe(9, x, {"gap": 1})
+    said += monitor.observe(10, x, {"gap": 5.0}) + monitor.observe(11, x, {"gap": 5.0})
+    assert len(said) == 1
+
+
+def test_a_gap_limit_that_could_never_be_right_is_refused() -> None:
+    with pytest.raises(ValueError, match="gap_above: got 1, expected > 1"):
+        Monitor(gap_above=1)

@@ -1,9 +1,9 @@
 """Sampling: few-step students by backward simulation, teachers by ODE and SDE."""
 
+from dmdkit.sampling.policies import NoisedData as NoisedData
+from dmdkit.sampling.policies import PerSampleSimulator as PerSampleSimulator
 from dmdkit.sampling.simulation import BackwardSimulator as BackwardSimulator
 from dmdkit.sampling.simulation import InputPolicy as InputPolicy
-from dmdkit.sampling.simulation import NoisedData as NoisedData
-from dmdkit.sampling.simulation import PerSampleSimulator as PerSampleSimulator
 from dmdkit.sampling.simulation import StudentInput as StudentInput
 from dmdkit.sampling.solvers import AncestralSampler as AncestralSampler
 from dmdkit.sampling.solvers import EulerSampler as EulerSampler

@@ -17,7 +17,7 @@ from torch import Tensor
 from dmdkit._checked import checked
 from dmdkit._random import noise_like
 from dmdkit.diffusion.processes import VarianceExploding, expand_as
-from dmdkit.sampling.simulation import _check_times, _fill
+from dmdkit.sampling.common import check_times, fill
 from dmdkit.types import Condition, Denoiser, Latent
 
 
@@ -26,7 +26,7 @@ def _levels(
 ) -> tuple[Tensor, Tensor]:
     """Alpha and sigma at a time, or those of clean data."""
     if t is None:
-        return expand_as(_fill(1, like), like), expand_as(_fill(0, like), like)
+        return expand_as(fill(1, like), like), expand_as(fill(0, like), like)
     process = denoiser.process
     return expand_as(process.alpha(t), like), expand_as(process.sigma(t), like)
 
@@ -39,7 +39,7 @@ def _start(denoiser: Denoiser, times: tuple[float | int, ...], noise: Tensor) ->
             f"times: the last one, {times[-1]}, is clean data; leave it out, the last "
             "step goes there anyway."
         )
-    return denoiser.process.prior(noise, _fill(times[0], noise))
+    return denoiser.process.prior(noise, fill(times[0], noise))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EulerSampler:
 
     def __post_init__(self) -> None:
         """Checks the times."""
-        _check_times(self.times)
+        check_times(self.times)
 
     @checked
     @torch.no_grad()
@@ -78,9 +78,9 @@ class EulerSampler:
         """
         x = _start(denoiser, self.times, noise)
         for now, then in zip(self.times, (*self.times[1:], None), strict=True):
-            t = _fill(now, x)
+            t = fill(now, x)
             alpha, sigma = _levels(denoiser, t, x)
-            t_then = None if then is None else _fill(then, x)
+            t_then = None if then is None else fill(then, x)
             alpha_then, sigma_then = _levels(denoiser, t_then, x)
             x0 = denoiser(x, t, cond)
             x = alpha_then * x0 + sigma_then * (x - alpha * x0) / sigma
@@ -102,7 +102,7 @@ class HeunSampler:
 
     def __post_init__(self) -> None:
         """Checks the times."""
-        _check_times(self.times)
+        check_times(self.times)
 
     @property
     def calls(self) -> int:
@@ -130,8 +130,8 @@ class HeunSampler:
         """
         x = _start(denoiser, self.times, noise)
         for now, then in zip(self.times, (*self.times[1:], None), strict=True):
-            t_then = None if then is None else _fill(then, x)
-            x = _heun_step(denoiser, x, _fill(now, x), t_then, cond)
+            t_then = None if then is None else fill(then, x)
+            x = _heun_step(denoiser, x, fill(now, x), t_then, cond)
         return x
 
 
@@ -177,7 +177,7 @@ class StochasticSampler:
 
     def __post_init__(self) -> None:
         """Checks the times and the noise."""
-        _check_times(self.times)
+        check_times(self.times)
         if not (self.churn >= 0 and 0 <= self.s_min <= self.s_max):
             raise ValueError(
                 "churn, s_min, s_max: expected churn >= 0 and 0 <= s_min <= s_max."
@@ -222,8 +222,8 @@ class StochasticSampler:
             if gamma > 0:
                 spread = math.sqrt(raised**2 - now**2) * self.s_noise
                 x = x + spread * noise_like(x, generator)
-            t_then = None if then is None else _fill(then, x)
-            x = _heun_step(denoiser, x, _fill(raised, x), t_then, cond)
+            t_then = None if then is None else fill(then, x)
+            x = _heun_step(denoiser, x, fill(raised, x), t_then, cond)
         return x
 
 
@@ -242,7 +242,7 @@ class AncestralSampler:
 
     def __post_init__(self) -> None:
         """Checks the times."""
-        _check_times(self.times)
+        check_times(self.times)
 
     @checked
     @torch.no_grad()
@@ -271,10 +271,10 @@ class AncestralSampler:
         """
         x = _start(denoiser, self.times, noise)
         for now, then in itertools.pairwise(self.times):
-            t = _fill(now, x)
+            t = fill(now, x)
             x0 = denoiser(x, t, cond)
             alpha, sigma = _levels(denoiser, t, x)
-            alpha_then, sigma_then = _levels(denoiser, _fill(then, x), x)
+            alpha_then, sigma_then = _levels(denoiser, fill(then, x), x)
             ratio = alpha / alpha_then
             added = sigma.square() - ratio.square() * sigma_then.square()
             mean = (
@@ -282,4 +282,4 @@ class AncestralSampler:
             ) / sigma.square()
             spread = (added.sqrt() * sigma_then) / sigma
             x = mean + spread * noise_like(x, generator)
-        return denoiser(x, _fill(self.times[-1], x), cond)
+        return denoiser(x, fill(self.times[-1], x), cond)

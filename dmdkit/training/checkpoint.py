@@ -101,8 +101,9 @@ def save_checkpoint(
 
     Raises:
         ValueError: If a name is unknown, or a number out of range.
+        OSError: If the files cannot be written; older checkpoints stay as they are.
     """
-    from torch.distributed.checkpoint import state_dict_saver
+    from torch.distributed.checkpoint import CheckpointException, state_dict_saver
 
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(
@@ -121,8 +122,13 @@ def save_checkpoint(
     partial = directory / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with _one_process_is_meant():
-        state_dict_saver.save(state, checkpoint_id=partial, no_dist=not _distributed())
+    try:
+        with _one_process_is_meant():
+            state_dict_saver.save(
+                state, checkpoint_id=partial, no_dist=not _distributed()
+            )
+    except CheckpointException as error:
+        raise OSError(f"directory: could not write {partial}: {_why(error)}") from error
     meta = {"step": step, "torch": torch.__version__, "parts": sorted(state)}
     (partial / _META).write_text(json.dumps(meta, indent=2))
     for file in partial.iterdir():
@@ -207,10 +213,15 @@ def load_checkpoint(
                 state, checkpoint_id=path, no_dist=not _distributed()
             )
     except CheckpointException as error:
-        why = "; ".join(str(failure) for failure, _ in error.failures.values())
-        raise ValueError(f"path: {path} does not fit what was built: {why}") from error
+        raise ValueError(
+            f"path: {path} does not fit what was built: {_why(error)}"
+        ) from error
     _scatter(state, modules, optimizers, states)
     return int(saved["step"])
+
+
+def _why(error: Any) -> str:
+    return "; ".join(str(failure) for failure, _ in error.failures.values())
 
 
 def _parts(*named: Mapping[str, Any]) -> list[str]:

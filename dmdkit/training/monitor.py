@@ -121,6 +121,8 @@ class Monitor:
         unstable_above: The signal above which the run is called unstable.
         accuracy_above: The mean discriminator accuracy above which the GAN term is
             called won by the discriminator.
+        gap_above: How many times its lowest earlier mean, over a window other than the
+            first, the DM gap may reach before critic and teacher are said to part.
 
     Raises:
         ValueError: If a number is out of range.
@@ -139,6 +141,7 @@ class Monitor:
         window: int = 20,
         unstable_above: float | int = 0.1,
         accuracy_above: float | int = 0.95,
+        gap_above: float | int = 2.0,
     ) -> None:
         if window < 2 or unstable_above <= 0 or not 0.5 < accuracy_above <= 1:
             raise ValueError(
@@ -146,9 +149,12 @@ class Monitor:
                 f"{unstable_above}, {accuracy_above}, expected >= 2, > 0, and within "
                 "(0.5, 1]."
             )
+        if not gap_above > 1:
+            raise ValueError(f"gap_above: got {gap_above}, expected > 1.")
         self.window = window
         self.unstable_above = unstable_above
         self.accuracy_above = accuracy_above
+        self.gap_above = gap_above
         self.history: list[dict[str, float]] = []
         self._recent: deque[dict[str, float]] = deque(maxlen=window)
         self._said: set[str] = set()
@@ -157,14 +163,14 @@ class Monitor:
         self,
         step: float | int,
         samples: Latent,
-        metrics: Mapping[str, Tensor | float] | None = None,
+        metrics: Mapping[str, Tensor | float | int] | None = None,
     ) -> list[str]:
         """Takes samples and metrics of one step, and judges the recent ones.
 
         Args:
             step: The step, for the history.
             samples: The student's samples, [b, c, ...].
-            metrics: Scalars by name; all are kept, and `accuracy` is judged.
+            metrics: Scalars by name; all are kept, `accuracy` and `gap` are judged.
 
         Returns:
             New warnings, each a sentence; each kind is also given to
@@ -251,4 +257,17 @@ class Monitor:
                         "discriminator weight, or look at what betrays the samples.",
                     )
                 )
+        gaps = [entry["gap"] for entry in self.history if "gap" in entry]
+        ends = range(len(gaps), 2 * self.window - 1, -self.window)
+        # The first window is left out: critic and teacher agree when a run starts.
+        means = [statistics.fmean(gaps[end - self.window : end]) for end in ends]
+        if len(means) > 1 and means[0] > self.gap_above * min(means[1:]):
+            verdicts.append(
+                (
+                    "gap",
+                    f"The gap between teacher and critic is {means[0]:.3g} on average, "
+                    f"after {min(means[1:]):.3g} earlier: the student moves away from "
+                    "the teacher. Look at samples, and lower the learning rates.",
+                )
+            )
         return verdicts
