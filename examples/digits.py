@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from digits_common import (
     CLASSES,
     FEATURES,
@@ -29,6 +28,7 @@ from digits_common import (
     load_sigma_data,
     load_teacher,
     network_of,
+    parse,
 )
 from digits_evaluation import (
     ROWS_FILE,
@@ -36,6 +36,7 @@ from digits_evaluation import (
     SEEDS,
     Evaluator,
     draw_many,
+    seconds_per_call,
     teacher_rows,
 )
 from digits_report import print_table, save_curves, save_grid, save_samples
@@ -317,9 +318,7 @@ def train(run: Distillation, evaluator: Evaluator) -> Record:
         print(f"Resumed at iteration {start}.")
 
     def measure(step: int, metrics: dict[str, Tensor]) -> None:
-        images = draw_many(
-            run.draw, samples=min(1000, settings.samples), seed=10_000
-        ).images
+        images = draw_many(run.draw, settings.samples, seed=10_000).images
         frechet = evaluator.frechet(images)
         for text in monitor.observe(step, images, {**metrics, "frechet": frechet}):
             bar.write(text)
@@ -410,13 +409,17 @@ def main(settings: Settings) -> None:
             "student": {calls: row[name] for calls, row in student_rows.items()},
         }
 
+    seconds = seconds_per_call(run.teacher)
     real_nearest = evaluator.nearest(evaluator.held_out.images)
     summary = {
         "frechet": column("frechet"),
         "frechet_held_out": column("frechet_held_out"),
         "accuracy": column("accuracy"),
         "nearest": {**column("nearest"), "real": real_nearest},
-        "seconds_per_1000": column("seconds_per_1000"),
+        "seconds_per_1000": {
+            "teacher": {calls: int(calls) * seconds for calls in teacher},
+            "student": {calls: int(calls) * seconds for calls in student_rows},
+        },
         "floor": evaluator.floor,
         "frechet_by_seed": student["frechet_by_seed"],
         "train_seconds": record.seconds,
@@ -434,7 +437,7 @@ def main(settings: Settings) -> None:
         evaluator.train.images.mean().item(),
         settings.out / "curves.png",
     )
-    print_table(teacher, student_rows, evaluator, real_nearest)
+    print_table(teacher, student_rows, seconds, evaluator, real_nearest)
     print(
         f"Trained for {record.seconds:.0f} s. Wrote {settings.out}/samples.png, "
         "curves.png, summary.json, and the student in student/."
@@ -442,4 +445,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main(parse(Settings))

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
-from digits_common import CLASSIFIER_FILE, Classifier, load_digits, save_weights
+from digits_common import CLASSIFIER_FILE, Classifier, load_digits, parse, save_weights
 from torch.nn.functional import cross_entropy
 from tqdm import trange
 
@@ -65,4 +64,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main(parse(Settings))

@@ -7,7 +7,7 @@ held out.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,11 @@ from torch import Tensor, nn
 
 from dmdkit import KarrasPreconditioning, ScoreEstimator, VarianceExploding
 from dmdkit.adapters.diffusers import UNetNetwork
+from dmdkit.extras import require_extra
 
+require_extra("train", "tyro", "matplotlib", "sklearn")
+
+SettingsType = TypeVar("SettingsType")
 HERE = Path(__file__).parent
 TEACHER_FILE = HERE / "digits_teacher.safetensors"
 CLASSIFIER_FILE = HERE / "digits_classifier.safetensors"
@@ -43,6 +47,13 @@ UNET_CONFIG = {
     "flip_sin_to_cos": True,
     "freq_shift": 0,
 }
+
+
+def parse(settings: type[SettingsType]) -> SettingsType:
+    """Reads a settings dataclass from the command line."""
+    import tyro
+
+    return tyro.cli(settings)
 
 
 class Digits(NamedTuple):

@@ -42,7 +42,7 @@ def save_samples(teacher: ScoreEstimator, draw: Draw, path: Path) -> None:
         (axes[0], of_teacher, "Teacher, 63 calls"),
         (axes[1], of_student, "Student, the same noise"),
     ):
-        axis.imshow(mosaic(images, CLASSES), cmap="gray", vmin=0, vmax=1)
+        axis.imshow(mosaic(images, CLASSES).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title)
         axis.set_xticks([10 * i + 4.5 for i in range(CLASSES)], range(CLASSES))
         axis.set_yticks([])
@@ -65,17 +65,22 @@ def save_curves(
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     left.plot(steps, [p["frechet"] for p in points], color="tab:red", label="student")
     for i, (calls, value) in enumerate(teacher.items()):
-        left.axhline(value, color=f"C{i + 4}", ls="--", lw=1, label=f"teacher, {calls}")
+        left.axhline(
+            value, color=f"C{i + 4}", ls="--", lw=1, label=f"teacher, {calls} calls"
+        )
     left.axhline(floor, color="black", ls=":", lw=1, label="real, held out")
     left.set(
         yscale="log",
         xlabel="iterations (critic updates)",
-        title="Frechet distance to training images (1,000 samples)",
+        title="Frechet distance to the training images",
     )
     left.legend(fontsize=8)
     right.plot(steps, [p["brightness"] for p in points], color="tab:red")
     right.axhline(real_brightness, color="black", ls=":", lw=1, label="real")
-    right.set(xlabel="iterations (critic updates)", title="Brightness of samples")
+    right.set(
+        xlabel="iterations (critic updates)",
+        title="Brightness of samples (mean pixel in [-1, 1])",
+    )
     right.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -86,6 +91,7 @@ def save_curves(
 def print_table(
     teacher: Mapping[str, Row],
     student: Mapping[str, Row],
+    seconds_per_call: float,
     evaluator: Evaluator,
     real_nearest: float,
 ) -> None:
@@ -99,7 +105,7 @@ def print_table(
             print(
                 f"{name:<18}{calls:>6}{row['frechet']:>10.3f}"
                 f"{row['frechet_held_out']:>10.3f}{row['accuracy']:>10.4f}"
-                f"{row['nearest']:>9.3f}{row['seconds_per_1000']:>9.2f}"
+                f"{row['nearest']:>9.3f}{int(calls) * seconds_per_call:>9.2f}"
             )
     held_out = evaluator.accuracy(evaluator.held_out)
     print(

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from digits_common import (
     NULL_CLASS,
     TEACHER_FILE,
     build_denoiser,
     load_digits,
+    parse,
     save_weights,
 )
 from torch.optim.lr_scheduler import LambdaLR
@@ -174,4 +174,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings))
+    main(parse(Settings))

@@ -21,6 +21,7 @@ from digits_common import (
 from torch import Tensor
 
 from dmdkit import Monitor, NonFiniteError
+from dmdkit.extras import require_extra
 
 SMALL = ["--iterations", "6", "--batch-size", "8", "--samples", "80"]
 SMALL += ["--evaluate-every", "3", "--critic-steps", "2"]
@@ -187,3 +188,9 @@ def test_custom_loop_hits_every_mode(setup: str) -> None:
 def test_custom_loop_is_short() -> None:
     assert custom_loop.__file__ is not None
     assert len(Path(custom_loop.__file__).read_text().splitlines()) <= 100
+
+
+def test_a_missing_extra_is_an_error_that_says_what_to_type() -> None:
+    require_extra("train", "tyro", "matplotlib")
+    with pytest.raises(ImportError, match=r"nosuch is missing; type: pip"):
+        require_extra("eval", "torch", "nosuch")
