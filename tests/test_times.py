@@ -62,7 +62,11 @@ def draw(times: TimeSampler, batch: int = DRAWS, seed: int = 0) -> Tensor:
             lambda t: normal.cdf(math.log(t / (1 - t)) - 0.3 - math.log(3)),
         ),
     ],
-    ids=str,
+    ids=lambda value: (
+        ""
+        if callable(value) and not hasattr(value, "__dataclass_fields__")
+        else str(value)
+    ),
 )
 def test_draws_follow_their_distribution(
     times: TimeSampler, cdf: Callable[[float], float]
