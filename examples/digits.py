@@ -54,9 +54,9 @@ from dmdkit import (
     KarrasIndexTime,
     KarrasWeight,
     Monitor,
+    NonFiniteError,
     ScoreEstimator,
     TTURScheduler,
-    all_finite,
     checkpoints,
     frozen,
     karras_sigmas,
@@ -110,20 +110,37 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuses what cannot run."""
+        counts = ("iterations", "evaluate_every", "batch_size", "micro_batches")
+        for name in (*counts, "steps", "critic_steps", "threads"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise SystemExit(f"--{flag} {getattr(self, name)}: expected >= 1.")
         if self.batch_size % self.micro_batches:
             raise SystemExit(
                 f"--micro-batches {self.micro_batches} must divide --batch-size "
                 f"{self.batch_size}."
             )
-        for name in ("iterations", "evaluate_every", "batch_size", "steps"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise SystemExit(f"--{flag} {getattr(self, name)}: expected >= 1.")
         if self.samples <= FEATURES:
             raise SystemExit(
                 f"--samples {self.samples}: expected more than {FEATURES}, the number "
                 "of features, or the Frechet distance is undefined."
             )
+
+
+class Trained:
+    """A denoiser, its AdamW with the paper's settings, a cosine over its own steps."""
+
+    def __init__(
+        self, denoiser: ScoreEstimator, learning_rate: float, updates: int
+    ) -> None:
+        self.denoiser = denoiser
+        self.optimizer = torch.optim.AdamW(
+            denoiser.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.01
+        )
+        self.schedule = LambdaLR(
+            self.optimizer,
+            lambda n: 0.5 * (1 + math.cos(math.pi * min(n / max(updates, 1), 1))),
+        )
 
 
 class Distillation:
@@ -150,12 +167,14 @@ class Distillation:
         self.ttur = TTURScheduler(settings.critic_steps)
 
         updates = self.ttur.counts(settings.iterations)
-        self.student_optimizer, self.student_schedule = optimizer_and_schedule(
-            self.student, settings.learning_rate, updates.generator_updates
-        )
-        self.critic_optimizer, self.critic_schedule = optimizer_and_schedule(
-            self.critic, settings.critic_learning_rate, updates.critic_updates
-        )
+        self.trained = {
+            "student": Trained(
+                self.student, settings.learning_rate, updates.generator_updates
+            ),
+            "critic": Trained(
+                self.critic, settings.critic_learning_rate, updates.critic_updates
+            ),
+        }
 
     def iterate(self, step: int, monitor: Monitor) -> dict[str, Tensor]:
         """One iteration: on the generator's turn both update, else the critic."""
@@ -164,7 +183,6 @@ class Distillation:
         generator_turn = self.ttur.generator_turn(step)
         rung = self.simulator.draw_rung(self.rung_generator)  # one for the cycle
         metrics: dict[str, Tensor] = {}
-        finite = []
         for _ in range(parts):
             labels = torch.randint(CLASSES, (size,), generator=self.generator)
             noise = torch.randn(size, *SHAPE, generator=self.generator)
@@ -188,15 +206,14 @@ class Distillation:
                 weight = self.settings.discriminator_weight
                 total = total + weight * losses["discriminator"].loss
             (total / parts).backward()
-            finite.append(all_finite(*losses.values()))
-            if not bool(finite[-1]):
-                monitor.require_finite(**losses)
+            monitor.require_finite(**losses)
             for name in ("dm", "discriminator"):
                 if name in losses:
                     metrics |= losses[name].metrics
         if generator_turn:
-            self.update(self.student, self.student_optimizer, self.student_schedule)
-        self.update(self.critic, self.critic_optimizer, self.critic_schedule)
+            self.update("student", "critic")
+        else:
+            self.update("critic")
         return metrics
 
     def generator_losses(self, x: Tensor, labels: Tensor) -> dict[str, Any]:
@@ -238,21 +255,20 @@ class Distillation:
             )
         return losses
 
-    def update(
-        self,
-        denoiser: ScoreEstimator,
-        optimizer: torch.optim.Optimizer,
-        schedule: LambdaLR,
-    ) -> None:
-        """Clips, steps and clears one network."""
-        nn.utils.clip_grad_norm_(
-            denoiser.parameters(),
-            self.settings.max_gradient_norm,
-            error_if_nonfinite=True,
-        )
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    def update(self, *names: str) -> None:
+        """Clips all gradients, and takes the steps if they are finite."""
+        for name in names:
+            parameters = self.trained[name].denoiser.parameters()
+            norm = nn.utils.clip_grad_norm_(parameters, self.settings.max_gradient_norm)
+            if not bool(norm.isfinite()):
+                raise NonFiniteError(
+                    f"the gradient of the {name} is not finite; no step was taken."
+                )
+        for name in names:
+            trained = self.trained[name]
+            trained.optimizer.step()
+            trained.schedule.step()
+            trained.optimizer.zero_grad()
 
     def draw(self, noise: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Samples from the student."""
@@ -262,19 +278,6 @@ class Distillation:
 def student_times(steps: int) -> tuple[float, ...]:
     """The student's noise levels: Karras' grid from 80, its last level left out."""
     return karras_sigmas(steps + 1)[:-1]
-
-
-def optimizer_and_schedule(
-    denoiser: ScoreEstimator, learning_rate: float, updates: int
-) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW with the paper's settings, and a cosine over its own updates."""
-    optimizer = torch.optim.AdamW(
-        denoiser.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.01
-    )
-    schedule = LambdaLR(
-        optimizer, lambda n: 0.5 * (1 + math.cos(math.pi * min(n / max(updates, 1), 1)))
-    )
-    return optimizer, schedule
 
 
 class Record:
@@ -295,15 +298,12 @@ class Record:
 def train(run: Distillation, evaluator: Evaluator) -> Record:
     """The loop: iterations, curves, checkpoints."""
     settings, record, monitor = run.settings, Record(), Monitor(window=10)
+    trained = run.trained.items()
     parts: dict[str, Any] = {
-        "modules": {"student": run.student.network, "critic": run.critic.network},
-        "optimizers": {
-            "student": run.student_optimizer,
-            "critic": run.critic_optimizer,
-        },
+        "modules": {name: part.denoiser.network for name, part in trained},
+        "optimizers": {name: part.optimizer for name, part in trained},
         "states": {
-            "student_schedule": run.student_schedule,
-            "critic_schedule": run.critic_schedule,
+            **{f"{name}_schedule": part.schedule for name, part in trained},
             "generator": GeneratorState(run.generator),
             "rung_generator": GeneratorState(run.rung_generator),
             "record": record,

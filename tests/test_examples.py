@@ -106,10 +106,24 @@ def test_a_sick_teacher_stops_the_run_before_any_step(tmp_path: Path) -> None:
     )
 
 
+def test_a_gradient_that_is_not_finite_stops_both_steps(tmp_path: Path) -> None:
+    run = digits.Distillation(settings(tmp_path))
+    for name, trained in run.trained.items():
+        for p in trained.denoiser.parameters():
+            p.grad = torch.full_like(p, torch.inf if name == "critic" else 1.0)
+    before = [p.clone() for p in run.student.parameters()]
+    with pytest.raises(NonFiniteError, match="gradient of the critic is not finite"):
+        run.update("student", "critic")
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, run.student.parameters(), strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [
         (("--micro-batches", "3"), "--micro-batches 3"),
+        (("--micro-batches", "0"), "--micro-batches 0"),
         (("--samples", "64"), "--samples 64"),
         (("--iterations", "0"), "--iterations 0"),
     ],
