@@ -84,6 +84,7 @@ $(READY): pyproject.toml
 	  fi; \
 	  rm -rf $(VENV); $$found -m venv $(VENV); \
 	fi
+	@echo "Setting up $(VENV): PyTorch and others, some minutes ..."
 ifneq ($(TORCH_INDEX),)
 	$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision
 endif

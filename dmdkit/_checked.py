@@ -80,13 +80,14 @@ def _hint(value: object, annotation: Any) -> str:
     if array is None:
         for member in _members(annotation):
             if getattr(member, "_is_protocol", False):
-                return (inspect.getdoc(member) or "").split("\n")[0].rstrip(".")
+                summary = (inspect.getdoc(member) or "").split("\n")[0].rstrip(".")
+                return summary[:1].lower() + summary[1:]
         return ""
     if not isinstance(value, Tensor):
         return "pass a torch.Tensor"
     if not _accepts_dtype(array, value.dtype):
         if list(array.dtypes) == ["float32"]:
-            return "make it with dtype torch.float32 from exact numbers"
+            return "use `.float()` on exact numbers: bf16 has rounded them already"
         return f"convert it to a {array.__name__.split('[')[0].lower()} dtype"
     if array.dim_str.strip() == "b":
         return "pass one value a sample, a vector as long as the batch"

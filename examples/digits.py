@@ -14,7 +14,7 @@ noise, curves, a table and the student itself to OUT.
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +280,23 @@ def student_times(steps: int) -> tuple[float, ...]:
     return karras_sigmas(steps + 1)[:-1]
 
 
+def identity(settings: Settings) -> dict[str, Any]:
+    """What makes a run the one it is: all but where, whence and how it is measured."""
+    free = ("out", "resume", "sample", "samples", "full_evaluation", "threads")
+    return {k: v for k, v in asdict(settings).items() if k not in free}
+
+
+def require_same_run(settings: Settings) -> None:
+    """Refuses to continue a run with other settings than it was started with."""
+    started = json.loads((settings.out / "settings.json").read_text())
+    for name, value in identity(settings).items():
+        if started[name] != value:
+            raise SystemExit(
+                f"--resume: the run in {settings.out} was started with "
+                f"{name} = {started[name]}, now it is {value}; use the same."
+            )
+
+
 class Record:
     """The curves and the time spent, for checkpoints and the summary."""
 
@@ -314,8 +331,10 @@ def train(run: Distillation, evaluator: Evaluator) -> Record:
     if settings.resume:
         if not (found := checkpoints(folder)):
             raise SystemExit(f"--resume: there is no checkpoint in {folder}.")
+        require_same_run(settings)
         start = load_checkpoint(found[-1], **parts)
-        print(f"Resumed at iteration {start}.")
+        print(f"Resumed at iteration {start} of {settings.iterations}.")
+    (settings.out / "settings.json").write_text(json.dumps(identity(settings)) + "\n")
 
     def measure(step: int, metrics: dict[str, Tensor]) -> None:
         images = draw_many(run.draw, settings.samples, seed=10_000).images
@@ -382,7 +401,7 @@ def sample(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "drawn.png"
     save_grid(images, path)
-    print(f"Wrote {path}: rows of ten, classes 0 ... 9 from left to right.")
+    print(f"Wrote {path}: ten of each class, 0 ... 9 from left to right.")
 
 
 def main(settings: Settings) -> None:
@@ -429,7 +448,7 @@ def main(settings: Settings) -> None:
         "generator_updates": run.ttur.counts(settings.iterations).generator_updates,
     }
     (settings.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    save_samples(run.teacher, run.draw, settings.out / "samples.png")
+    save_samples(run.teacher, run.draw, settings.steps, settings.out / "samples.png")
     save_curves(
         record.points,
         {calls: row["frechet"] for calls, row in teacher.items()},
@@ -445,4 +464,10 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Settings))
+    try:
+        main(parse(Settings))
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "Interrupted. The same command with --resume continues from the newest "
+            "checkpoint."
+        ) from None

@@ -26,12 +26,14 @@ def mosaic(images: Tensor, columns: int, gap: int = 1) -> Tensor:
 
 def save_grid(images: Tensor, path: Path) -> None:
     """Writes images in rows of ten."""
-    plt.imsave(path, mosaic(images, columns=CLASSES).numpy(), cmap="gray", dpi=100)
+    pixels = mosaic(images, columns=CLASSES)
+    large = pixels.repeat_interleave(6, dim=0).repeat_interleave(6, dim=1)
+    plt.imsave(path, large.numpy(), cmap="gray")
 
 
-def save_samples(teacher: ScoreEstimator, draw: Draw, path: Path) -> None:
+def save_samples(teacher: ScoreEstimator, draw: Draw, calls: int, path: Path) -> None:
     """Draws teacher and student from the same noise, one column a class."""
-    each = 6
+    each, noun = 6, "call" if calls == 1 else "calls"
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(each * CLASSES) % CLASSES
     noise = torch.randn(len(labels), *SHAPE, generator=generator)
@@ -40,7 +42,7 @@ def save_samples(teacher: ScoreEstimator, draw: Draw, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     for axis, images, title in (
         (axes[0], of_teacher, "Teacher, 63 calls"),
-        (axes[1], of_student, "Student, the same noise"),
+        (axes[1], of_student, f"Student, {calls} {noun}, the same noise"),
     ):
         axis.imshow(mosaic(images, CLASSES).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set_title(title)

@@ -72,6 +72,18 @@ grown = x.clone().requires_grad_()
 meta = torch.ones(2, 3, device="meta")
 some_logits = NetworkOutput(logits=torch.ones(2))
 
+
+def with_head(head: torch.nn.Module, answer: Any = NetworkOutput) -> Any:
+    class Own(torch.nn.Module):
+        def forward(self, x: Any, c_noise: Any, cond: Any, *, want: Any = None) -> Any:
+            return x if want is None else answer(output=x, features=x)
+
+    network = dmdkit.NetworkWithHead(Own(), head)
+    return dmdkit.ScoreEstimator(
+        network, dmdkit.RectifiedFlow(), dmdkit.SamplePrediction()
+    )
+
+
 MISTAKES: dict[str, Callable[[], object]] = {
     "rank of x": lambda: denoiser(torch.tensor(1.0), t),
     "rank of t": lambda: denoiser(x, t[:, None]),
@@ -158,6 +170,19 @@ MISTAKES: dict[str, Callable[[], object]] = {
         x,
         normalizer=3,  # pyright: ignore[reportArgumentType]
     ),
+    "times tuple": lambda: dmdkit.DiffusionGANLoss((0.02, 0.98)),  # pyright: ignore[reportArgumentType]
+    "times class": lambda: dmdkit.DenoisingLoss(dmdkit.UniformTime),  # pyright: ignore[reportArgumentType]
+    "weight None": lambda: dmdkit.DenoisingLoss(dmdkit.UniformTime(), None),  # pyright: ignore[reportArgumentType]
+    "normalizer field": lambda: dmdkit.DistributionMatchingLoss(
+        dmdkit.UniformTime(),
+        3,  # pyright: ignore[reportArgumentType]
+    ),
+    "unconditional": lambda: dmdkit.ClassifierFreeGuidance(denoiser, x, 2.0),
+    "frozen": lambda: dmdkit.frozen(3).__enter__(),  # pyright: ignore[reportArgumentType]
+    "head class": lambda: dmdkit.trainable_copy(denoiser, torch.nn.Linear),  # pyright: ignore[reportArgumentType]
+    "outputs for losses": lambda: dmdkit.balanced_gan_weight(x, {}, x.sum()),  # pyright: ignore[reportArgumentType]
+    "column of logits": lambda: with_head(torch.nn.Linear(3, 1)).logits(x, t),
+    "dict for want": lambda: with_head(torch.nn.Linear(3, 1), dict).logits(x, t),
 }
 
 

@@ -32,7 +32,7 @@ EXPECTED = {
     "batch of t": ("ValueError", r"`t` is float32\[3\], .*\(beside x_t \[2, 3\]\)"),
     "bf16 t": (
         "TypeError",
-        r"`t` is bfloat16\[2\], expected float32\[b\].*float32 fro",
+        r"`t` is bfloat16\[2\], expected float32\[b\].*`\.float\(\)` on exact numbers",
     ),
     "fp64 t": ("TypeError", r"`t` is float64\[2\], expected float32\[b\]"),
     "integer t": ("TypeError", r"`t` is int64\[2\], expected float32\[b\]"),
@@ -71,7 +71,10 @@ EXPECTED = {
     ),
     "output None": ("TypeError", r"network: its output is None, expected one tensor"),
     "no features": ("TypeError", r"network: .*no `want`.* cannot give features"),
-    "no logits": ("TypeError", r"network: .*no `want`.* cannot give logits;.*Head"),
+    "no logits": (
+        "TypeError",
+        r"network: .*no `want`.* cannot give logits;.*NetworkOutput",
+    ),
     "no head": ("TypeError", r"network: asked for logits.*head"),
     "features missing": ("TypeError", r"network: asked for features, logits"),
     "output for logits": ("TypeError", r"network: asked for logits"),
@@ -124,6 +127,16 @@ EXPECTED = {
     "generator device": ("ValueError", r"generator: it lives on cpu, .* on meta"),
     "loss option": ("TypeError", r"DenoisingLoss.* unexpected .*'weight'"),
     "normalizer": ("TypeError", r"`normalizer` is int 3, expected Callable"),
+    "times tuple": ("TypeError", r"times: got tuple.*a time sampler such as"),
+    "times class": ("TypeError", r"times: got the class UniformTime.*such as"),
+    "weight None": ("TypeError", r"weight: got None, expected a function such as snr"),
+    "normalizer field": ("TypeError", r"normalizer: got int 3, expected a function"),
+    "unconditional": ("TypeError", r"unconditional: got float32.*expected a function"),
+    "frozen": ("TypeError", r"modules: got int, expected modules"),
+    "head class": ("TypeError", r"head: got the class Linear, expected a module"),
+    "outputs for losses": ("TypeError", r"`distribution_matching` is dict"),
+    "column of logits": ("ValueError", r"head: it gave float32\[2, 1\] for 2 samples"),
+    "dict for want": ("TypeError", r"network: asked for features it gave dict"),
 }
 
 
@@ -244,8 +257,8 @@ def test_what_a_function_is_stays_visible() -> None:
         (
             lambda p, x: p(x, x[:, 0].long()),
             TypeError,
-            "is int64[2], expected float32[b] or None (beside x [2, 3]); make it with "
-            "dtype torch.float32 from exact numbers.",
+            "is int64[2], expected float32[b] or None (beside x [2, 3]); use "
+            "`.float()` on exact numbers: bf16 has rounded them already.",
         ),
         (lambda p, x: p(x, t=[1.0]), TypeError, "`t` is list [float 1.0], expected"),
         (lambda p, x: p(x, label=3), TypeError, "`label` is int 3, expected str."),
@@ -300,7 +313,7 @@ def test_what_a_function_is_stays_visible() -> None:
         (
             lambda p, x: anything(denoiser=torch.nn.Linear),
             TypeError,
-            "`denoiser` is the class Linear, expected Denoiser or None; A denoiser has",
+            "`denoiser` is the class Linear, expected Denoiser or None; a denoiser has",
         ),
         (
             lambda p, x: anything(wrong=1),

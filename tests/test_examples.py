@@ -77,6 +77,13 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert all(torch.equal(uninterrupted[k], resumed[k]) for k in uninterrupted)
 
 
+def test_a_run_is_not_continued_as_another(run_folder: Path) -> None:
+    with pytest.raises(SystemExit, match="started with steps = 1, now it is 4"):
+        digits.main(settings(run_folder, "--resume", "--steps", "4"))
+    with pytest.raises(SystemExit, match="started with gan = True, now it is False"):
+        digits.main(settings(run_folder, "--resume", "--no-gan"))
+
+
 def test_an_exported_student_can_be_drawn_from(
     run_folder: Path, tmp_path: Path
 ) -> None:

@@ -208,34 +208,34 @@ def test_a_non_finite_sample_is_named_with_its_loss_and_time() -> None:
         "dm": Flagged(flags(True, False, False), torch.tensor([1.0, 749.0, 20.0])),
         "fine": Flagged(flags(True), torch.tensor([3.0])),
     }
-    line = explain_nonfinite(outputs)
+    line = explain_nonfinite(**outputs)
     assert line == "dm is not finite for sample 1 (t = 749), 2 (t = 20)"
     with pytest.raises(NonFiniteError, match=r"1 \(t = 749\).*no step was taken"):
         monitor.require_finite(**outputs)
-    assert explain_nonfinite({"fine": outputs["fine"]}) == ""
+    assert explain_nonfinite(fine=outputs["fine"]) == ""
     monitor.require_finite(fine=outputs["fine"])
 
 
 def test_of_many_samples_the_first_are_named() -> None:
     output = Flagged(torch.zeros(9, dtype=torch.bool), torch.arange(9.0))
-    line = explain_nonfinite({"critic": output})
+    line = explain_nonfinite(critic=output)
     assert "3 (t = 3) and 5 more" in line
     assert "4 (t" not in line
 
 
 def test_real_samples_are_told_from_generated_ones() -> None:
-    real = explain_nonfinite({"gan": broken_gan(math.nan, 1.0)})
+    real = explain_nonfinite(gan=broken_gan(math.nan, 1.0))
     assert real == "gan is not finite for real sample 1 (t = 5)"
-    fake = explain_nonfinite({"gan": broken_gan(1.0, math.inf)})
+    fake = explain_nonfinite(gan=broken_gan(1.0, math.inf))
     assert fake == "gan is not finite for sample 1 (t = 2)"
-    both = explain_nonfinite({"gan": broken_gan(math.nan, math.nan)})
+    both = explain_nonfinite(gan=broken_gan(math.nan, math.nan))
     assert both == f"{fake}; {real}"
 
 
 def test_a_loss_without_times_is_named_by_sample() -> None:
     x = torch.tensor([[1.0], [math.nan]], requires_grad=True)
     output = RegressionLoss()(x, torch.zeros(2, 1))
-    assert explain_nonfinite({"pairs": output}) == "pairs is not finite for sample 1"
+    assert explain_nonfinite(pairs=output) == "pairs is not finite for sample 1"
 
 
 def test_one_truth_value_for_all_losses_stays_on_the_device() -> None:

@@ -82,6 +82,14 @@ class ClassifierFreeGuidance:
     scale: float | int
     merged: bool = False
 
+    def __post_init__(self) -> None:
+        """Checks that `unconditional` can be called."""
+        if not callable(self.unconditional):
+            raise TypeError(
+                f"unconditional: got {describe(self.unconditional)}, expected a "
+                "function from a condition to its unconditional counterpart."
+            )
+
     @property
     def process(self) -> NoiseProcess:
         """The process of the guided denoiser."""

@@ -229,8 +229,8 @@ class ScoreEstimator(nn.Module):
                 raise
             raise TypeError(
                 f"network: it takes no `want`, so it cannot give {', '.join(want)}; "
-                "see dmdkit.types.FeatureNetwork, or give it a head with "
-                "NetworkWithHead."
+                "add `*, want=None` to its forward and answer with a NetworkOutput "
+                "when it is given (see dmdkit.types.FeatureNetwork)."
             ) from error
         if not isinstance(given, NetworkOutput) or any(
             getattr(given, name) is None for name in want
@@ -238,6 +238,11 @@ class ScoreEstimator(nn.Module):
             raise TypeError(
                 f"network: asked for {', '.join(want)}, it did not give all of them; "
                 "a head is needed for logits (see trainable_copy(..., head=...))."
+            )
+        if given.logits is not None and given.logits.shape != x.shape[:1]:
+            raise ValueError(
+                f"head: it gave {describe(given.logits)} for {x.shape[0]} samples, "
+                "expected one logit a sample, [b]; flatten its answer."
             )
         return given
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from dmdkit._checked import describe
 from dmdkit.diffusion.processes import NoiseProcess
 from dmdkit.types import (
     Condition,
@@ -63,6 +64,9 @@ class NetworkWithHead(nn.Module):
 
         Returns:
             The output, or a `NetworkOutput` if `want` is given.
+
+        Raises:
+            TypeError: If the network does not answer `want` with a `NetworkOutput`.
         """
         if want is None:
             return self.network(x, c_noise, cond)
@@ -70,6 +74,11 @@ class NetworkWithHead(nn.Module):
         if "logits" in want and "features" not in inner:
             inner.append("features")
         given = self.network(x, c_noise, cond, want=tuple(inner))
+        if not isinstance(given, NetworkOutput):
+            raise TypeError(
+                f"network: asked for {', '.join(inner)} it gave {describe(given)}, "
+                "expected a NetworkOutput."
+            )
         return NetworkOutput(
             output=given.output,
             features=given.features if "features" in want else None,

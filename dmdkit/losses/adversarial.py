@@ -14,7 +14,13 @@ import torch
 from torch.nn.functional import softplus
 
 from dmdkit._checked import checked
-from dmdkit.losses.common import Metrics, draw, finite_samples, require_gradient
+from dmdkit.losses.common import (
+    Metrics,
+    draw,
+    finite_samples,
+    require_gradient,
+    require_times,
+)
 from dmdkit.types import (
     Condition,
     Discriminator,
@@ -131,6 +137,10 @@ class DiffusionGANLoss:
     """
 
     times: TimeSampler
+
+    def __post_init__(self) -> None:
+        """Checks what it will call."""
+        require_times(self.times)
 
     @checked
     def generator(

@@ -42,6 +42,7 @@ def gradient_norms(x: Latent, losses: Mapping[str, Tensor]) -> dict[str, Tensor]
     return norms
 
 
+@checked
 def balanced_gan_weight(
     x: Latent, distribution_matching: Scalar, gan: Scalar
 ) -> Scalar:

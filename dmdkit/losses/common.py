@@ -1,11 +1,13 @@
 """What every loss shares: the look of its result, flags and checks."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from dmdkit._checked import describe
 from dmdkit._random import noise_like
 from dmdkit.diffusion.processes import NoiseProcess
 from dmdkit.types import Flags, Latent, PerSample, Time, TimeSampler
@@ -47,6 +49,17 @@ def finite_samples(*tensors: Tensor) -> Flags:
     """Flags the samples whose every value, in every tensor, is finite: bool [b]."""
     flags = [torch.isfinite(x.detach()).reshape(x.shape[0], -1).all(1) for x in tensors]
     return torch.stack(flags).all(dim=0)
+
+
+def require_function(name: str, value: object, hint: str) -> None:
+    """Raises `TypeError` unless a value can be called and is no class."""
+    if not callable(value) or inspect.isclass(value):
+        raise TypeError(f"{name}: got {describe(value)}, expected {hint}.")
+
+
+def require_times(times: TimeSampler) -> None:
+    """Raises `TypeError` unless `times` can be drawn from."""
+    require_function("times", times, "a time sampler such as UniformTime(0.02, 0.98)")
 
 
 def require_gradient(name: str, x: Tensor) -> None:

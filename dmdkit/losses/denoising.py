@@ -11,7 +11,14 @@ import torch
 
 from dmdkit._checked import checked
 from dmdkit.diffusion.weights import TimeWeight, unit_weight
-from dmdkit.losses.common import Metrics, draw, finite_samples, per_sample_mean
+from dmdkit.losses.common import (
+    Metrics,
+    draw,
+    finite_samples,
+    per_sample_mean,
+    require_function,
+    require_times,
+)
 from dmdkit.types import (
     Condition,
     Denoiser,
@@ -95,6 +102,11 @@ class DenoisingLoss:
 
     times: TimeSampler
     weight: TimeWeight = unit_weight
+
+    def __post_init__(self) -> None:
+        """Checks what it will call."""
+        require_times(self.times)
+        require_function("weight", self.weight, "a function such as snr_weight")
 
     @checked
     def __call__(

@@ -25,7 +25,9 @@ from dmdkit.losses.common import (
     finite_samples,
     per_sample_mean,
     require_equal_processes,
+    require_function,
     require_gradient,
+    require_times,
 )
 from dmdkit.types import (
     Condition,
@@ -242,6 +244,11 @@ class DistributionMatchingLoss:
 
     times: TimeSampler
     normalizer: Normalizer = mean_absolute_error
+
+    def __post_init__(self) -> None:
+        """Checks what it will call."""
+        require_times(self.times)
+        require_function("normalizer", self.normalizer, "a function of x and x0_real")
 
     @checked
     def __call__(

@@ -15,7 +15,9 @@ Draws = Sequence[Tensor] | None
 def check_times(times: tuple[float | int, ...]) -> None:
     """Raises unless the times are a tuple of falling numbers."""
     if not isinstance(times, tuple) or not times:
-        raise TypeError(f"times: got {times!r}, expected a tuple of numbers.")
+        raise TypeError(
+            f"times: got {times!r}, expected a tuple of at least one number."
+        )
     if any(b >= a for a, b in itertools.pairwise(times)):
         raise ValueError(f"times: got {times}, expected falling values.")
 

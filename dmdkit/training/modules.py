@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from dmdkit._checked import describe
 from dmdkit.diffusion.score import ScoreEstimator
 from dmdkit.discriminators.networks import NetworkWithHead
 
@@ -27,6 +28,9 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
 
+    Raises:
+        TypeError: If something else than a module is passed.
+
     Examples:
         >>> import torch
         >>> critic, x = torch.nn.Linear(2, 1), torch.ones(1, 2, requires_grad=True)
@@ -35,6 +39,12 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
         >>> critic.weight.grad is None, x.grad is not None
         (True, True)
     """
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"modules: got {type(module).__name__}, expected modules; pass the "
+                "network or the ScoreEstimator itself."
+            )
     before = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     try:
         for parameter, _ in before:
@@ -69,6 +79,11 @@ def trainable_copy(
         raise TypeError(
             f"estimator: got {type(estimator).__name__}, expected a ScoreEstimator; "
             "copy the teacher itself, not its guidance or wrapper."
+        )
+    if head is not None and not isinstance(head, nn.Module):
+        raise TypeError(
+            f"head: got {describe(head)}, expected a module such as "
+            "DiffusionGANHead(channels=1280, resolution=8)."
         )
     wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if any(isinstance(m, wrapped) for m in estimator.modules()) or any(

@@ -76,11 +76,11 @@ def all_finite(*outputs: Finite) -> Tensor:
     return torch.stack(flags).all()
 
 
-def explain_nonfinite(losses: Mapping[str, Any]) -> str:
+def explain_nonfinite(**losses: Any) -> str:
     """Says in one line which losses were not finite, at which times and samples.
 
     Args:
-        losses: Results of losses by name.
+        **losses: Results of losses by name.
 
     Returns:
         The line; empty if all is finite. Reads from the device.
@@ -208,11 +208,11 @@ class Monitor:
         Raises:
             NonFiniteError: Naming the loss, the times and the samples.
         """
-        line = explain_nonfinite(losses)
+        line = explain_nonfinite(**losses)
         if line:
             raise NonFiniteError(
-                f"{line}; no step was taken. Look at the inputs at these times, and at "
-                "the learning rates."
+                f"{line}; no step was taken. Are these times of the process? If so, "
+                "look at the inputs at these times, and at the learning rates."
             )
 
     def state_dict(self) -> dict[str, Any]:
