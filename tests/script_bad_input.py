@@ -183,6 +183,9 @@ MISTAKES: dict[str, Callable[[], object]] = {
     "outputs for losses": lambda: dmdkit.balanced_gan_weight(x, {}, x.sum()),  # pyright: ignore[reportArgumentType]
     "column of logits": lambda: with_head(torch.nn.Linear(3, 1)).logits(x, t),
     "dict for want": lambda: with_head(torch.nn.Linear(3, 1), dict).logits(x, t),
+    "index for a flow": lambda: dmdkit.DenoisingLoss(DiscreteUniformTime(0, 1000))(
+        x, denoiser=with_head(torch.nn.Identity())
+    ),
 }
 
 

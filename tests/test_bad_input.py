@@ -137,6 +137,10 @@ EXPECTED = {
     "outputs for losses": ("TypeError", r"`distribution_matching` is dict"),
     "column of logits": ("ValueError", r"head: it gave float32\[2, 1\] for 2 samples"),
     "dict for want": ("TypeError", r"network: asked for features it gave dict"),
+    "index for a flow": (
+        "ValueError",
+        r"times: DiscreteUniformTime.* no time of RectifiedFlow; time: got 999.0, exp",
+    ),
 }
 
 

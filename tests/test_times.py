@@ -14,12 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmdkit import (
+    DenoisingLoss,
     DiscreteUniformTime,
+    DiscreteVariancePreserving,
     KarrasIndexTime,
     LogitNormalTime,
     LogNormalTime,
+    NoiseProcess,
+    RectifiedFlow,
+    SamplePrediction,
+    ScoreEstimator,
     ShiftedTime,
     UniformTime,
+    VarianceExploding,
     few_step_flow_times,
     few_step_times,
     karras_sigmas,
@@ -251,3 +258,47 @@ def test_impossible_numbers_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+class Zero(torch.nn.Module):
+    def forward(self, x: Tensor, c_noise: Tensor, cond: None) -> Tensor:
+        return 0 * x
+
+
+def test_the_ends_are_the_most_extreme_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for times in (
+        UniformTime(0.2, 0.7),
+        DiscreteUniformTime(3, 9),
+        LogitNormalTime(0, 3),
+        KarrasIndexTime(20, 40),
+    ):
+        low, high = times.ends
+        drawn = times(20_000, generator=generator)
+        assert low <= drawn.min() <= low + 0.02
+        assert high - 0.02 <= drawn.max() <= high
+
+
+@pytest.mark.parametrize(
+    ("times", "process", "fits"),
+    [
+        (UniformTime(0.02, 0.98), RectifiedFlow(), True),
+        (UniformTime(0.02, 0.98), DiscreteVariancePreserving.scaled_linear(), False),
+        (DiscreteUniformTime(0, 1000), DiscreteVariancePreserving((0.9, 0.5)), False),
+        (DiscreteUniformTime(0, 2), DiscreteVariancePreserving((0.9, 0.5)), True),
+        (DiscreteUniformTime(0, 1000), RectifiedFlow(), False),
+        (KarrasIndexTime(), RectifiedFlow(), False),
+        (KarrasIndexTime(), VarianceExploding(), True),
+        (LogNormalTime(), VarianceExploding(), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_loss_refuses_times_of_another_process(
+    times: TimeSampler, process: NoiseProcess, fits: bool
+) -> None:
+    denoiser = ScoreEstimator(Zero(), process, SamplePrediction())
+    if fits:
+        DenoisingLoss(times)(torch.ones(2, 3), denoiser=denoiser)
+    else:
+        with pytest.raises(ValueError, match="draws what is no time of"):
+            DenoisingLoss(times)(torch.ones(2, 3), denoiser=denoiser)

@@ -1,9 +1,10 @@
 """Distributions of the times that the losses draw.
 
 Each is a value called as `times(batch, device=..., generator=...)` and gives one fp32
-time a sample in the units of the process that it is meant for. Official DMD2 draws the
-time of every loss independently: index 20 ... 980 for distribution matching, 0 ... 999
-for the critic and the GAN.
+time a sample in the units of the process that it is meant for. Those with `ends` are
+held against the process by the losses: times in other units raise `ValueError`.
+Official DMD2 draws the time of every loss independently: index 20 ... 980 for
+distribution matching, 0 ... 999 for the critic and the GAN.
 """
 
 from dataclasses import dataclass
@@ -80,6 +81,11 @@ class UniformTime:
         """Checks the range."""
         _check_range(self.low, self.high)
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest time, which losses hold against the process."""
+        return float(self.low), float(self.high)
+
     def __call__(
         self, batch: int, *, device: Device = None, generator: Generator = None
     ) -> Time:
@@ -107,6 +113,11 @@ class DiscreteUniformTime:
         if self.low < 0:
             raise ValueError(f"low: got {self.low}, expected an index >= 0.")
         _check_range(self.low, self.high)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest time, which losses hold against the process."""
+        return float(self.low), float(self.high - 1)
 
     def __call__(
         self, batch: int, *, device: Device = None, generator: Generator = None
@@ -149,6 +160,12 @@ class KarrasIndexTime:
             )
         sigmas = karras_sigmas(self.steps, self.sigma_min, self.sigma_max, self.rho)
         object.__setattr__(self, "_sigmas", DeviceTable(sigmas[::-1]))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest time, which losses hold against the process."""
+        table: DeviceTable = self._sigmas  # pyright: ignore[reportAttributeAccessIssue]
+        return table.values[self.low], table.values[self.high - 1]
 
     def __call__(
         self, batch: int, *, device: Device = None, generator: Generator = None
@@ -203,6 +220,11 @@ class LogitNormalTime:
         """Checks the spread."""
         if not self.std > 0:
             raise ValueError(f"std: got {self.std}, expected > 0.")
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest time, which losses hold against the process."""
+        return 0.0, 1.0
 
     def __call__(
         self, batch: int, *, device: Device = None, generator: Generator = None

@@ -34,10 +34,22 @@ def draw(
 ) -> Draw:
     """Noises `x` at given or drawn times with given or drawn noise."""
     if t is None:
+        _check_ends(times, process)
         t = times(x.shape[0], device=x.device, generator=generator)
     if noise is None:
         noise = noise_like(x, generator)
     return Draw(process.add_noise(x, noise, t), t, noise)
+
+
+def _check_ends(times: TimeSampler, process: NoiseProcess) -> None:
+    for end in getattr(times, "ends", ()):
+        try:
+            process.check_time(end)
+        except ValueError as error:
+            raise ValueError(
+                f"times: {times} draws what is no time of {type(process).__name__}; "
+                f"{error}"
+            ) from None
 
 
 def per_sample_mean(values: Tensor) -> PerSample:
