@@ -13,6 +13,7 @@ noise, curves, a table and the student itself to OUT.
 
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -288,12 +289,15 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 def require_same_run(settings: Settings) -> None:
     """Refuses to continue a run with other settings than it was started with."""
-    started = json.loads((settings.out / "settings.json").read_text())
+    file = settings.out / "settings.json"
+    if not file.is_file():
+        raise SystemExit(f"--resume: {file}, the settings of that run, is missing.")
+    started = json.loads(file.read_text())
     for name, value in identity(settings).items():
-        if started[name] != value:
+        if started.get(name) != value:
             raise SystemExit(
                 f"--resume: the run in {settings.out} was started with "
-                f"{name} = {started[name]}, now it is {value}; use the same."
+                f"{name} = {started.get(name)}, now it is {value}; use the same."
             )
 
 
@@ -334,6 +338,10 @@ def train(run: Distillation, evaluator: Evaluator) -> Record:
         require_same_run(settings)
         start = load_checkpoint(found[-1], **parts)
         print(f"Resumed at iteration {start} of {settings.iterations}.")
+    elif checkpoints(folder):
+        # Else a later --resume could take up those of the run before.
+        print(f"Starting anew: removing the checkpoints of an earlier run in {folder}.")
+        shutil.rmtree(folder)
     (settings.out / "settings.json").write_text(json.dumps(identity(settings)) + "\n")
 
     def measure(step: int, metrics: dict[str, Tensor]) -> None:

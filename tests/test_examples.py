@@ -84,6 +84,17 @@ def test_a_run_is_not_continued_as_another(run_folder: Path) -> None:
         digits.main(settings(run_folder, "--resume", "--no-gan"))
 
 
+def test_a_new_run_leaves_no_checkpoint_of_the_one_before(tmp_path: Path) -> None:
+    old = tmp_path / "checkpoints" / "step-00000099"
+    old.mkdir(parents=True)
+    (old / "meta.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"settings\.json, .* is missing"):
+        digits.main(settings(tmp_path, "--resume"))
+    digits.main(settings(tmp_path, "--iterations", "1"))
+    names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert names == ["step-00000001"]
+
+
 def test_an_exported_student_can_be_drawn_from(
     run_folder: Path, tmp_path: Path
 ) -> None:
