@@ -87,7 +87,9 @@ from dmdkit.training import frozen as frozen
 from dmdkit.training import image_statistics as image_statistics
 from dmdkit.training import linear_warmup as linear_warmup
 from dmdkit.training import load_checkpoint as load_checkpoint
+from dmdkit.training import load_modules as load_modules
 from dmdkit.training import save_checkpoint as save_checkpoint
+from dmdkit.training import saved_parameters as saved_parameters
 from dmdkit.training import trainable_copy as trainable_copy
 
 __version__ = importlib.metadata.version("dmdkit")

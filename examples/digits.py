@@ -24,11 +24,9 @@ from digits_common import (
     CLASSES,
     FEATURES,
     SHAPE,
-    build_denoiser,
     load_digits,
     load_sigma_data,
     load_teacher,
-    network_of,
     parse,
 )
 from digits_evaluation import (
@@ -65,6 +63,7 @@ from dmdkit import (
     save_checkpoint,
     trainable_copy,
 )
+from dmdkit.adapters.folders import load_denoiser, read_sidecar, save_denoiser
 
 
 @dataclass(frozen=True)
@@ -375,30 +374,21 @@ def train(run: Distillation, evaluator: Evaluator) -> Record:
 
 def export(run: Distillation, folder: Path) -> None:
     """Writes the student as a diffusers UNet, with what sampling needs beside it."""
-    network_of(run.student).unet.save_pretrained(folder)
-    about = {
-        "times": run.simulator.times,
-        "process": "VarianceExploding",
-        "parameterization": "KarrasPreconditioning",
-        "sigma_data": load_sigma_data(),
-        "seed": run.settings.seed,
-        "iterations": run.settings.iterations,
-    }
-    (folder / "dmdkit.json").write_text(json.dumps(about, indent=2) + "\n")
+    about = {"seed": run.settings.seed, "iterations": run.settings.iterations}
+    save_denoiser(folder, run.student, times=run.simulator.times, about=about)
 
 
 def sample(settings: Settings) -> None:
     """Draws ten digits of each class from an exported student."""
-    from diffusers import UNet2DModel
-
-    folder = settings.sample
-    assert folder is not None
-    if not (folder / "dmdkit.json").is_file():
-        raise SystemExit(f"--sample: {folder} holds no exported student.")
-    about = json.loads((folder / "dmdkit.json").read_text())
-    student = build_denoiser(about["sigma_data"])
-    network_of(student).unet = UNet2DModel.from_pretrained(folder)
-    simulator = BackwardSimulator(tuple(about["times"]))
+    assert settings.sample is not None
+    try:
+        student = load_denoiser(settings.sample)
+        times = read_sidecar(settings.sample).times
+    except ValueError as error:
+        raise SystemExit(f"--sample: {error}") from error
+    if times is None:
+        raise SystemExit(f"--sample: {settings.sample} holds a teacher, no student.")
+    simulator = BackwardSimulator(times)
     images = draw_many(
         lambda noise, labels, generator: simulator.sample(
             student, noise, labels, generator=generator

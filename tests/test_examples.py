@@ -157,7 +157,7 @@ def test_bad_options_are_refused_in_one_line(
 def test_resume_and_sample_say_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is no checkpoint"):
         digits.main(settings(tmp_path, "--resume"))
-    with pytest.raises(SystemExit, match="no exported student"):
+    with pytest.raises(SystemExit, match=r"there is no dmdkit\.json"):
         digits.main(settings(tmp_path, "--sample", str(tmp_path)))
 
 

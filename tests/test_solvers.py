@@ -333,3 +333,28 @@ def test_the_stochastic_sampler_names_what_is_wrong() -> None:
         StochasticSampler((80.0,), churn=-1)
     with pytest.raises(ValueError, match="s_min"):
         StochasticSampler((80.0,), s_min=3, s_max=2)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "process"),
+    [
+        (StochasticSampler(karras_sigmas(6)), VarianceExploding()),
+        (AncestralSampler(few_step_times(4)), VP),
+    ],
+)
+def test_noise_handed_over_is_noise_drawn(sampler: Any, process: Any) -> None:
+    noise = torch.randn(3, 2)
+    drawn = sampler(
+        Recorder(process), noise, generator=torch.Generator().manual_seed(1)
+    )
+    same = torch.Generator().manual_seed(1)
+    endless = (torch.randn(3, 2, generator=same) for _ in itertools.count())
+    assert torch.equal(sampler(Recorder(process), noise, draws=endless), drawn)
+
+
+def test_noise_handed_over_is_checked() -> None:
+    sampler, noise = AncestralSampler(few_step_times(4)), torch.randn(3, 2)
+    with pytest.raises(ValueError, match="draws: it ended after 2 tensors"):
+        sampler(Recorder(VP), noise, draws=[noise, noise])
+    with pytest.raises(ValueError, match=r"draws: tensor 1 has shape \[2\]"):
+        sampler(Recorder(VP), noise, draws=[noise, noise[0]])

@@ -205,8 +205,9 @@ def test_it_is_a_network_as_an_estimator_wants_it() -> None:
 
 
 def test_a_copy_is_apart_from_its_original() -> None:
-    network = UNetNetwork(build(CONFIGS["attention and classes"]), features="encoder")
-    x, c_noise, labels = inputs(network.unet)
+    unet = build(CONFIGS["attention and classes"])
+    network = UNetNetwork(unet, features="encoder")
+    x, c_noise, labels = inputs(unet)
     before = network(x, c_noise, labels)
     copied = copy.deepcopy(network)
     assert copied.place == "encoder"

@@ -1,7 +1,7 @@
 """What simulation and solvers share: times, rungs, draws."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -71,3 +71,22 @@ def fresh_noise(like: Tensor, generator: torch.Generator | None) -> Iterator[Ten
     """Draws noise, again and again."""
     while True:
         yield noise_like(like, generator)
+
+
+def given_or_fresh_noise(
+    draws: Iterable[Tensor] | None, like: Tensor, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Takes noise from `draws` as it is needed, or draws it if that is None."""
+    if draws is None:
+        yield from fresh_noise(like, generator)
+        return
+    taken = 0
+    for value in draws:
+        if value.shape != like.shape:
+            raise ValueError(
+                f"draws: tensor {taken} has shape {list(value.shape)}, expected that "
+                f"of noise, {list(like.shape)}."
+            )
+        yield value
+        taken += 1
+    raise ValueError(f"draws: it ended after {taken} tensors, more are needed.")

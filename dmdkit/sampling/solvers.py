@@ -9,15 +9,15 @@ to clean data, where it is the denoiser's estimate itself.
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dmdkit._checked import checked
-from dmdkit._random import noise_like
 from dmdkit.diffusion.processes import VarianceExploding, expand_as
-from dmdkit.sampling.common import check_times, fill
+from dmdkit.sampling.common import check_times, fill, given_or_fresh_noise
 from dmdkit.types import Condition, Denoiser, Latent
 
 
@@ -192,6 +192,7 @@ class StochasticSampler:
         cond: Condition = None,
         *,
         generator: torch.Generator | None = None,
+        draws: Iterable[Tensor] | None = None,
     ) -> Latent:
         """Draws samples.
 
@@ -201,6 +202,8 @@ class StochasticSampler:
             noise: Standard normal noise to start from, [b, ...].
             cond: The condition.
             generator: Source of the noise added, on the device of `noise`.
+            draws: The noise added, tensors of the shape of `noise` taken as they are
+                needed, instead of drawing it.
 
         Returns:
             The samples, [b, ...].
@@ -215,13 +218,14 @@ class StochasticSampler:
                 "sampler is defined for VarianceExploding."
             )
         x = _start(denoiser, self.times, noise)
+        fresh = given_or_fresh_noise(draws, x, generator)
         most = min(self.churn / len(self.times), math.sqrt(2) - 1)
         for now, then in zip(self.times, (*self.times[1:], None), strict=True):
             gamma = most if self.s_min <= now <= self.s_max else 0.0
             raised = now * (1 + gamma)
             if gamma > 0:
                 spread = math.sqrt(raised**2 - now**2) * self.s_noise
-                x = x + spread * noise_like(x, generator)
+                x = x + spread * next(fresh)
             t_then = None if then is None else fill(then, x)
             x = _heun_step(denoiser, x, fill(raised, x), t_then, cond)
         return x
@@ -253,6 +257,7 @@ class AncestralSampler:
         cond: Condition = None,
         *,
         generator: torch.Generator | None = None,
+        draws: Iterable[Tensor] | None = None,
     ) -> Latent:
         """Draws samples.
 
@@ -261,6 +266,8 @@ class AncestralSampler:
             noise: Standard normal noise to start from, [b, ...].
             cond: The condition.
             generator: Source of the noise of every step, on the device of `noise`.
+            draws: That noise, tensors of the shape of `noise` taken as they are needed,
+                instead of drawing it.
 
         Returns:
             The samples, [b, ...].
@@ -270,6 +277,7 @@ class AncestralSampler:
             TypeError: If a dtype or the denoiser is wrong.
         """
         x = _start(denoiser, self.times, noise)
+        fresh = given_or_fresh_noise(draws, x, generator)
         for now, then in itertools.pairwise(self.times):
             t = fill(now, x)
             x0 = denoiser(x, t, cond)
@@ -281,5 +289,5 @@ class AncestralSampler:
                 ratio * sigma_then.square() * x + alpha_then * added * x0
             ) / sigma.square()
             spread = (added.sqrt() * sigma_then) / sigma
-            x = mean + spread * noise_like(x, generator)
+            x = mean + spread * next(fresh)
         return denoiser(x, fill(self.times[-1], x), cond)

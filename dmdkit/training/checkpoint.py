@@ -123,12 +123,14 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with _one_process_is_meant():
+        with one_process_is_meant():
             state_dict_saver.save(
                 state, checkpoint_id=partial, no_dist=not _distributed()
             )
     except CheckpointException as error:
-        raise OSError(f"directory: could not write {partial}: {_why(error)}") from error
+        raise OSError(
+            f"directory: could not write {partial}: {explain(error)}"
+        ) from error
     meta = {"step": step, "torch": torch.__version__, "parts": sorted(state)}
     (partial / _META).write_text(json.dumps(meta, indent=2))
     for file in partial.iterdir():
@@ -157,6 +159,12 @@ def checkpoints(directory: str | Path) -> list[Path]:
     folder = Path(directory)
     found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
     return sorted(path for path in found if (path / _META).is_file())
+
+
+def check_complete(path: Path) -> None:
+    """Raises `ValueError` unless a folder is a complete checkpoint."""
+    if not (path / _META).is_file():
+        raise ValueError(f"path: there is no complete checkpoint in {path}.")
 
 
 def load_checkpoint(
@@ -188,10 +196,8 @@ def load_checkpoint(
     )
 
     path = Path(path)
-    meta = path / _META
-    if not meta.is_file():
-        raise ValueError(f"path: there is no complete checkpoint in {path}.")
-    saved = json.loads(meta.read_text())
+    check_complete(path)
+    saved = json.loads((path / _META).read_text())
     optimizers, states = optimizers or {}, states or {}
     parts = _parts(modules, optimizers, states)
     if saved["parts"] != parts:
@@ -208,19 +214,20 @@ def load_checkpoint(
     for name in optimizers:
         _leave_out_unsaved(state[f"optimizer.{name}"], f"optimizer.{name}", set(keys))
     try:
-        with _one_process_is_meant():
+        with one_process_is_meant():
             state_dict_loader.load(
                 state, checkpoint_id=path, no_dist=not _distributed()
             )
     except CheckpointException as error:
         raise ValueError(
-            f"path: {path} does not fit what was built: {_why(error)}"
+            f"path: {path} does not fit what was built: {explain(error)}"
         ) from error
     _scatter(state, modules, optimizers, states)
     return int(saved["step"])
 
 
-def _why(error: Any) -> str:
+def explain(error: Any) -> str:
+    """What went wrong, from a `CheckpointException`, in one line."""
     return "; ".join(str(failure) for failure, _ in error.failures.values())
 
 
@@ -239,7 +246,8 @@ def _leave_out_unsaved(optimizer: dict[str, Any], prefix: str, keys: set[str]) -
 
 
 @contextmanager
-def _one_process_is_meant() -> Iterator[None]:
+def one_process_is_meant() -> Iterator[None]:
+    """Silences the warning that there is one process only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield

@@ -1,0 +1,797 @@
+"""Distils NVIDIA's EDM teacher of ImageNet-64 to one step (DMD2, section F.2).
+
+    python examples/convert_edm.py edm-imagenet-64x64-cond-adm.pkl teacher
+    python examples/imagenet_edm.py --teacher teacher --images imagenet-64x64.zip
+
+Every setting names its source: the paper (its section), the official scripts where the
+paper is silent, or "ours". Presets are the rows of Tables 1 and 3; `--help` shows the
+settings of the preset given. One GPU or many: the batch of 280 is reached by gradient
+accumulation. The page "ImageNet-64" of the documentation has the whole recipe.
+"""
+
+import json
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from runs import (
+    Best,
+    Durations,
+    Log,
+    RunFolder,
+    Trained,
+    checkpoint_parts,
+    device_of,
+    grid_of,
+    parse,
+    peak_memory_gib,
+    run_evaluation,
+    save_png,
+    to_floats,
+    to_pixels,
+)
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from dmdkit import (
+    BackwardSimulator,
+    DenoisingLoss,
+    DiffusionGANHead,
+    DiffusionGANLoss,
+    DistributionMatchingLoss,
+    GeneratorState,
+    KarrasIndexTime,
+    KarrasPreconditioning,
+    KarrasWeight,
+    LPIPSDistance,
+    Monitor,
+    NetworkWithHead,
+    NonFiniteError,
+    RegressionLoss,
+    RegressionOutput,
+    ScoreEstimator,
+    TTURScheduler,
+    frozen,
+    load_modules,
+    saved_parameters,
+    squared_distance,
+    trainable_copy,
+)
+from dmdkit.adapters.diffusers import UNetNetwork
+from dmdkit.adapters.edm import edm_denoiser, imagenet64_unet
+from dmdkit.adapters.folders import load_denoiser, read_sidecar, save_denoiser
+from dmdkit.data import BadImageError, BatchStream, ShardedTensors, open_images
+from dmdkit.losses.common import Distance
+
+Preset = Literal[
+    "standard",
+    "long-phase1",
+    "long-phase2",
+    "table3-dmd",
+    "table3-no-regression",
+    "table3-ttur",
+    "table3-gan-only",
+    "table3-gan-ttur",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Distils an EDM teacher with DMD2. Sources of values are in brackets."""
+
+    preset: Preset = "standard"
+    """Which row of Table 1 or 3 the other settings start from."""
+
+    teacher: Path | None = None
+    """Folder that examples/convert_edm.py wrote."""
+    random_init: bool = False
+    """A teacher of the real size with random weights, to measure time and memory."""
+    images: Path | None = None
+    """Real images for the GAN: an EDM data set (zip or folder with dataset.json), or a
+    folder of class folders."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """What to do with an image that cannot be used: stop, or name it and go on."""
+    pairs: Path | None = None
+    """Noise-image pairs for the regression loss, from examples/imagenet_pairs.py."""
+    lpips_weights: Path | None = None
+    """torchvision's vgg16 weights for LPIPS; None lets torchvision load them."""
+    start_from: Path | None = None
+    """Checkpoint whose student and critic the run starts from, with new optimizers
+    (phase 2 of the longer training: OUT/best of phase 1)."""
+
+    iterations: int = 200_000
+    """Critic updates [F.2; official README's best checkpoint: 193.5K]."""
+    batch_size: int = 280
+    """Samples of an update, over all processes [F.2]."""
+    micro_batch_size: int = 40
+    """Most samples in memory at once; gradients of the parts are accumulated [scripts:
+    40 on each of 7 GPUs, without accumulation]."""
+    learning_rate: float = 2e-6
+    """Of student and critic alike [F.2]."""
+    weight_decay: float = 0.01
+    """[F.2]."""
+    student_warmup: int = 14
+    """Student updates until the full rate [scripts: 500 scheduler steps, but these
+    advance once a process and iteration, 7 x 5 for one student update: 14]."""
+    critic_warmup: int = 71
+    """Critic updates until the full rate [scripts: 500 / 7 processes]."""
+    max_gradient_norm: float = 10.0
+    """Clipping, student and critic with its head each as one [scripts]."""
+    critic_steps: int = 5
+    """Critic updates to one student update [section 4.2, F.2]."""
+
+    distribution_matching: bool = True
+    """Whether the student has the distribution matching loss [Eq. 2]."""
+    gan: bool = True
+    """Whether there is a GAN loss on real images [section 4.3]."""
+    gan_weight: float = 3e-3
+    """Weight of the student's GAN loss [F.2]."""
+    discriminator_weight: float = 1e-2
+    """Weight of the discriminator's loss beside the critic's [scripts]."""
+    gan_features: Literal["encoder", "mid"] = "encoder"
+    """Where the head reads the critic: before the middle block [scripts], or after it
+    [F.1 says the middle block]."""
+    regression: bool = False
+    """Whether the student has the regression loss on pairs [Eq. 3, DMD]."""
+    regression_weight: float = 0.25
+    """[DMD, arXiv 2311.18828; the paper repeats no value]."""
+    regression_distance: Literal["lpips", "squared"] = "lpips"
+    """Distance of a pair: LPIPS at 224 pixels [DMD], or squared error [ours]."""
+    times: tuple[float, ...] = (80.0,)
+    """Sigmas at which the student is called [scripts: conditioning sigma 80]; several
+    are trained by backward simulation."""
+
+    ema: float | None = None
+    """Rate of an average of the student's weights, which is then what is exported; none
+    [scripts]."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of network calls; weights, losses and optimizers are fp32 [scripts: bf16]."""
+    device: str = "auto"
+    """cuda, cuda:1, cpu; auto takes a GPU if there is one."""
+    threads: int = 0
+    """Of the CPU; 0 leaves PyTorch's choice."""
+    workers: int = min(4, os.cpu_count() or 1)
+    """Processes that read images."""
+    seed: int = 10
+    """[scripts]."""
+
+    out: Path = Path("runs/imagenet_edm")
+    """Folder of everything that is written."""
+    resume: bool = False
+    """Continue from the newest checkpoint in OUT."""
+    log_every: int = 100
+    """Iterations between lines of the log."""
+    sample_every: int = 500
+    """Iterations between pictures of samples."""
+    checkpoint_every: int = 500
+    """Iterations between checkpoints [scripts]; one is written at the end too."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    evaluate: str | None = None
+    """Command that measures a student, such as "python fid.py {student}"; the last line
+    it prints is a JSON object of numbers, which go to the log."""
+    evaluate_every: int = 1
+    """Run it on every n-th checkpoint [scripts: every one]."""
+    best: str = "fid"
+    """Number of the evaluation that is smallest for the best checkpoint: OUT/best."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well."""
+
+    def check(self) -> None:
+        """Refuses what cannot run."""
+        counts = ("iterations", "batch_size", "micro_batch_size", "critic_steps")
+        every = ("log_every", "sample_every", "checkpoint_every", "evaluate_every")
+        for name in (*counts, *every, "keep"):
+            if getattr(self, name) < 1:
+                raise _refusal(name, f"{getattr(self, name)}", "expected >= 1")
+        for name in ("workers", "threads", "student_warmup", "critic_warmup"):
+            if getattr(self, name) < 0:
+                raise _refusal(name, f"{getattr(self, name)}", "expected >= 0")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SystemExit(
+                "WORLD_SIZE: this recipe runs in one process; leave out torchrun."
+            )
+        if not (self.distribution_matching or self.gan or self.regression):
+            raise SystemExit("--no-gan: then the student has no loss at all.")
+        if (self.teacher is None) == (not self.random_init):
+            raise SystemExit("--teacher: give a folder, or --random-init, one of them.")
+        for needs, name in (("gan", "images"), ("regression", "pairs")):
+            if getattr(self, needs) and getattr(self, name) is None:
+                raise _refusal(name, "missing", f"--{needs} needs it, or --no-{needs}")
+
+
+def _refusal(name: str, got: str, remedy: str) -> SystemExit:
+    return SystemExit(f"--{name.replace('_', '-')}: {got}; {remedy}.")
+
+
+NO_TTUR: dict[str, Any] = {"critic_steps": 1}
+NO_GAN: dict[str, Any] = {"gan": False}
+NO_DM: dict[str, Any] = {"distribution_matching": False}
+ROWS: dict[Preset, dict[str, Any]] = {
+    "standard": {},
+    "long-phase1": {**NO_GAN, "iterations": 400_000},
+    "long-phase2": {"learning_rate": 5e-7, "iterations": 150_000},
+    "table3-dmd": {**NO_TTUR, **NO_GAN, "regression": True},
+    "table3-no-regression": {**NO_TTUR, **NO_GAN},
+    "table3-ttur": {**NO_GAN, "iterations": 400_000},
+    "table3-gan-only": {**NO_TTUR, **NO_DM},
+    "table3-gan-ttur": NO_DM,
+}
+"""How the rows of Tables 1 and 3 differ from the standard training.
+
+Phase 1 is 400K iterations [F.2; README's best checkpoint: 405.5K], phase 2 another 150K
+[F.2; README: 140K]. Table 3 does not say how long its rows were trained; the row with
+TTUR and without GAN has the FID of phase 1 (2.61) and takes its length, the others keep
+the standard one. "GAN alone" keeps the critic's denoising loss, as official code does.
+"""
+PRESETS = {name: replace(Settings(), preset=name, **row) for name, row in ROWS.items()}
+
+
+class Networks(NamedTuple):
+    """Teacher (frozen), student, and critic, whose network carries the head."""
+
+    teacher: ScoreEstimator
+    student: ScoreEstimator
+    critic: ScoreEstimator
+
+    @property
+    def unet_config(self) -> Any:
+        """The configuration of the teacher's UNet."""
+        network = self.teacher.network
+        assert isinstance(network, UNetNetwork)
+        return network.unet.config
+
+
+def build_networks(settings: Settings) -> Networks:
+    """Reads or makes the teacher, and copies it into student and critic."""
+    torch.manual_seed(settings.seed)  # of the head: alike on every process
+    if settings.teacher is None:
+        teacher = edm_denoiser(imagenet64_unet(), features=settings.gan_features)
+    else:
+        teacher = load_denoiser(settings.teacher, features=settings.gan_features)
+    student = trainable_copy(teacher)
+    teacher.requires_grad_(False).eval()
+    networks = Networks(teacher, student, teacher)
+    head = None
+    if settings.gan:
+        config = networks.unet_config
+        channels = config["block_out_channels"]
+        # 768 channels at 8x8 for the real network.
+        resolution = config["sample_size"] // 2 ** (len(channels) - 1)
+        head = DiffusionGANHead(channels[-1], resolution)
+    networks = networks._replace(critic=trainable_copy(teacher, head=head))
+    if settings.start_from is not None:
+        start_from(settings.start_from, networks)
+    device = device_of(settings.device)
+    return Networks(*(network.to(device) for network in networks))
+
+
+def start_from(checkpoint: Path, networks: Networks) -> None:
+    """Takes the weights of an earlier phase; its critic may have had no head yet."""
+    critic = networks.critic.network
+    had_head = any(
+        name.startswith("head.") for name in saved_parameters(checkpoint, "critic")
+    )
+    if isinstance(critic, NetworkWithHead) and not had_head:
+        critic = critic.network
+    load_modules(checkpoint, student=networks.student.network, critic=critic)
+
+
+@dataclass(frozen=True)
+class At224:
+    """A distance of images scaled to 224 pixels, as DMD takes LPIPS."""
+
+    distance: Distance
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.distance(
+            *(interpolate(x, size=224, mode="bilinear") for x in (a, b))
+        )
+
+
+class Batch(NamedTuple):
+    """The tensors of one micro-batch."""
+
+    noise: Tensor
+    """Of the student's samples, [b, c, h, w]."""
+    labels: Tensor | None
+    """Their classes, drawn uniformly [scripts], [b]."""
+    images: Tensor | None = None
+    """Real images in [-1, 1], [b, c, h, w]."""
+    image_labels: Tensor | None = None
+    pair_noise: Tensor | None = None
+    pair_images: Tensor | None = None
+    """What the teacher made of `pair_noise`, in [-1, 1]."""
+    pair_labels: Tensor | None = None
+
+
+class Method:
+    """The losses of a run, and one iteration as functions of tensors.
+
+    Each function reads nothing back from the device and knows no loader: it can be
+    traced, compiled, planned.
+    """
+
+    def __init__(self, settings: Settings, sigma_data: float) -> None:
+        self.settings = settings
+        self.dm_loss = DistributionMatchingLoss(KarrasIndexTime(20, 981))
+        self.critic_loss = DenoisingLoss(KarrasIndexTime(), KarrasWeight(sigma_data))
+        self.gan_loss = DiffusionGANLoss(KarrasIndexTime())
+        self.simulator = BackwardSimulator(settings.times)
+        self.regression_loss = RegressionLoss(squared_distance)
+        if settings.regression and settings.regression_distance == "lpips":
+            lpips = LPIPSDistance("vgg", settings.lpips_weights)
+            lpips.to(device_of(settings.device))
+            self.regression_loss = RegressionLoss(At224(lpips))
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Network calls in bf16.
+
+        Without autocast's cache, so that no cast made under `no_grad` can serve a later
+        call that needs its graph.
+        """
+        enabled = self.settings.precision == "bf16"
+        return torch.autocast(
+            device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
+
+    def generate(
+        self,
+        networks: Networks,
+        batch: Batch,
+        rung: int,
+        generator: torch.Generator,
+        *,
+        train: bool,
+    ) -> Tensor:
+        """The student's samples, with a graph if they are to train it."""
+        with self.autocast(batch.noise.device), torch.set_grad_enabled(train):
+            x_t, t, _ = self.simulator(
+                networks.student,
+                batch.noise,
+                batch.labels,
+                rung=rung,
+                generator=generator,
+            )
+            return networks.student(x_t, t, batch.labels)
+
+    def student_backward(
+        self,
+        networks: Networks,
+        batch: Batch,
+        x: Tensor,
+        generator: torch.Generator,
+        share: float = 1.0,
+    ) -> dict[str, Any]:
+        """Adds the gradient of the student's losses to it (Eqs. 2, 3 and 4)."""
+        settings, critic, losses = self.settings, networks.critic, {}
+        total = torch.zeros((), device=x.device)
+        with frozen(critic.network):
+            with self.autocast(x.device):
+                if settings.distribution_matching:
+                    losses["dm"] = self.dm_loss(
+                        x,
+                        batch.labels,
+                        real=networks.teacher,
+                        fake=critic,
+                        generator=generator,
+                    )
+                    total = total + losses["dm"].loss
+                if settings.gan:
+                    losses["gan"] = self.gan_loss.generator(
+                        x, batch.labels, discriminator=critic, generator=generator
+                    )
+                    total = total + settings.gan_weight * losses["gan"].loss
+            if settings.regression:
+                losses["regression"] = self.regress(networks.student, batch)
+                total = total + settings.regression_weight * losses["regression"].loss
+            (total * share).backward()
+        return losses
+
+    def regress(self, student: ScoreEstimator, batch: Batch) -> RegressionOutput:
+        """How far the student is from what the teacher made of the same noise."""
+        noise, images = batch.pair_noise, batch.pair_images
+        assert noise is not None
+        assert images is not None
+        t = torch.full(noise.shape[:1], self.settings.times[0], device=noise.device)
+        with self.autocast(noise.device):
+            x = student(student.process.prior(noise, t), t, batch.pair_labels)
+        return self.regression_loss(x, images)
+
+    def critic_backward(
+        self,
+        networks: Networks,
+        batch: Batch,
+        x: Tensor,
+        generator: torch.Generator,
+        share: float = 1.0,
+    ) -> dict[str, Any]:
+        """Adds the gradient of the critic's losses to it and its head."""
+        x, critic = x.detach(), networks.critic
+        with self.autocast(x.device):
+            losses: dict[str, Any] = {
+                "critic": self.critic_loss(
+                    x, batch.labels, denoiser=critic, generator=generator
+                )
+            }
+            total = losses["critic"].loss
+            if self.settings.gan:
+                assert batch.images is not None
+                losses["discriminator"] = self.gan_loss.discriminator(
+                    x,
+                    batch.labels,
+                    batch.images,
+                    batch.image_labels,
+                    discriminator=critic,
+                    generator=generator,
+                )
+                weight = self.settings.discriminator_weight
+                total = total + weight * losses["discriminator"].loss
+        (total * share).backward()
+        return losses
+
+
+def to_images(pixels: Tensor, device: torch.device) -> Tensor:
+    """Pixels, uint8, as images in [-1, 1] on the device."""
+    return pixels.to(device, non_blocking=True).float() / 127.5 - 1
+
+
+class Distillation:
+    """Networks, losses, optimizers and data of a run, and its iteration.
+
+    `rank` of `ranks` processes has its own noise, labels and share of the batch; the
+    rung is the same on all.
+    """
+
+    def __init__(self, settings: Settings, rank: int = 0, ranks: int = 1) -> None:
+        self.settings, self.device = settings, device_of(settings.device)
+        self.networks = build_networks(settings)
+        config, teacher = self.networks.unet_config, self.networks.teacher
+        self.classes = config["num_class_embeds"] or 0
+        self.shape = (config["in_channels"], *[config["sample_size"]] * 2)
+        parameterization = teacher.parameterization
+        if not isinstance(parameterization, KarrasPreconditioning):
+            raise SystemExit(
+                f"--teacher: it is a {type(parameterization).__name__} model, this "
+                "recipe distils EDM's (see examples/convert_edm.py)."
+            )
+        self.method = Method(settings, parameterization.sigma_data)
+        self.ttur = TTURScheduler(settings.critic_steps)
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed + rank)
+        self.rung_generator = torch.Generator().manual_seed(settings.seed)
+        self.parts, self.size = micro_batches(settings, ranks)
+        self.images = self.stream(self.real_images(), rank, ranks)
+        self.pairs = self.stream(self.noise_image_pairs(), rank, ranks)
+        self.trained = {
+            "student": self.train_with(self.networks.student, settings.student_warmup),
+            "critic": self.train_with(self.networks.critic, settings.critic_warmup),
+        }
+        if settings.ema is not None:
+            self.trained["student"].average(settings.ema)
+
+    def train_with(self, denoiser: ScoreEstimator, warmup: int) -> Trained:
+        """An optimizer for student or critic: both have the same settings."""
+        return Trained(
+            denoiser,
+            learning_rate=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            warmup=warmup,
+            max_gradient_norm=self.settings.max_gradient_norm,
+        )
+
+    def real_images(self) -> Any:
+        """The images of the GAN, if there is one."""
+        if not self.settings.gan:
+            return None
+        assert self.settings.images is not None
+        return open_images(
+            self.settings.images,
+            resolution=self.shape[1],
+            channels=self.shape[0],
+            # Labels mean nothing to a teacher of random weights.
+            classes=self.classes or None if self.settings.teacher else None,
+            on_bad=self.settings.on_bad,
+        )
+
+    def noise_image_pairs(self) -> Any:
+        """The pairs of the regression loss, if there is one."""
+        if not self.settings.regression:
+            return None
+        assert self.settings.pairs is not None
+        pairs = ShardedTensors(self.settings.pairs)
+        shape = tuple(pairs[0]["images"].shape)
+        if shape != self.shape:
+            raise SystemExit(
+                f"--pairs: images of {list(shape)}, the teacher's are "
+                f"{list(self.shape)}; draw them with examples/imagenet_pairs.py."
+            )
+        return pairs
+
+    def stream(self, dataset: Any, rank: int, ranks: int) -> BatchStream | None:
+        """Endless shuffled batches, of which every process has its own part."""
+        if dataset is None:
+            return None
+        return BatchStream(
+            dataset,
+            self.size,
+            seed=self.settings.seed,
+            rank=rank,
+            ranks=ranks,
+            workers=self.settings.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def draw(self) -> Batch:
+        """A micro-batch: noise and uniform labels, real images, pairs."""
+        random = {"device": self.device, "generator": self.generator}
+        noise = torch.randn(self.size, *self.shape, **random)
+        labels = None
+        if self.classes:
+            labels = torch.randint(self.classes, (self.size,), **random)
+        batch = Batch(noise, labels)
+        if self.images is not None:
+            pixels, image_labels = next(self.images)
+            batch = batch._replace(
+                images=to_images(pixels, self.device),
+                image_labels=image_labels.to(self.device) if self.classes else None,
+            )
+        if self.pairs is not None:
+            pair = {name: v.to(self.device) for name, v in next(self.pairs).items()}
+            batch = batch._replace(
+                pair_noise=pair["noise"].float(),
+                pair_images=pair["images"].float(),
+                pair_labels=pair["labels"] if self.classes else None,
+            )
+        return batch
+
+    def iterate(self, step: int, monitor: Monitor) -> dict[str, Tensor]:
+        """One iteration: on the student's turn both learn, else the critic alone.
+
+        The critic sees the samples that the student made before its own update, as in
+        official DMD2. All micro-batches share a rung; only if there is one does the
+        student step before the critic's backward, so that its gradient is freed.
+        """
+        turn = self.ttur.generator_turn(step)
+        rung = self.method.simulator.draw_rung(self.rung_generator)
+        share, metrics = 1 / self.parts, {}
+        for _ in range(self.parts):
+            batch = self.draw()
+            about = (self.networks, batch)
+            x = self.method.generate(*about, rung, self.generator, train=turn)
+            if turn:
+                losses = self.method.student_backward(*about, x, self.generator, share)
+                metrics |= self.require_finite(monitor, losses)
+                if self.parts == 1:
+                    metrics |= self.update("student")
+            losses = self.method.critic_backward(*about, x, self.generator, share)
+            metrics |= self.require_finite(monitor, losses)
+        if turn and self.parts > 1:
+            metrics |= self.update("student")
+        return metrics | self.update("critic")
+
+    def require_finite(
+        self, monitor: Monitor, losses: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Stops the run before a step if a loss is not finite; else gives metrics."""
+        monitor.require_finite(**losses)
+        metrics = {f"{name}/loss": out.loss.detach() for name, out in losses.items()}
+        for name, output in losses.items():
+            metrics |= {f"{name}/{key}": v for key, v in output.metrics.items()}
+        return metrics
+
+    def update(self, name: str) -> dict[str, Tensor]:
+        """Clips the gradient and, if it is finite, takes a step."""
+        trained = self.trained[name]
+        norm = trained.gradient_norm(name)
+        trained.step()
+        return {f"{name}/gradient_norm": norm}
+
+    @torch.no_grad()
+    def samples(self, count: int = 32) -> Tensor:
+        """Samples of always the same noise and labels, for pictures and the monitor."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        noise = torch.randn(count, *self.shape, generator=generator)
+        labels = None
+        if self.classes:
+            labels = torch.randint(self.classes, (count,), generator=generator)
+        own = torch.Generator(self.device).manual_seed(self.settings.seed)
+        drawn = []
+        with self.averaged(), self.method.autocast(self.device):
+            for i in range(0, count, self.settings.micro_batch_size):
+                part = slice(i, i + self.settings.micro_batch_size)
+                cond = None if labels is None else labels[part].to(self.device)
+                drawn.append(
+                    self.method.simulator.sample(
+                        self.networks.student,
+                        noise[part].to(self.device),
+                        cond,
+                        generator=own,
+                    ).cpu()
+                )
+        return torch.cat(drawn)
+
+    def averaged(self) -> Any:
+        """Puts the average of the student's weights in place, if there is one."""
+        ema = self.trained["student"].ema
+        return (
+            nullcontext()
+            if ema is None
+            else ema.applied_to(self.networks.student.network)
+        )
+
+    def export(self, folder: Path, step: int) -> None:
+        """Writes the student as a diffusers folder to sample from."""
+        settings, teacher = self.settings, {}
+        if settings.teacher is not None:
+            teacher = read_sidecar(settings.teacher).about
+        about = {
+            "method": "DMD2, arXiv 2405.14867",
+            "preset": settings.preset,
+            "iterations": step,
+            "student_updates": self.ttur.counts(step).generator_updates,
+            "ema": settings.ema,
+            "seed": settings.seed,
+            "teacher": teacher,
+        }
+        with self.averaged():
+            save_denoiser(
+                folder, self.networks.student, times=settings.times, about=about
+            )
+
+    def parts_of_checkpoint(self, **states: Any) -> dict[str, Any]:
+        """Everything that a run is."""
+        own: dict[str, Any] = {
+            "generator": GeneratorState(self.generator),
+            "rung_generator": GeneratorState(self.rung_generator),
+            "images": self.images,
+            "pairs": self.pairs,
+        }
+        own = {name: state for name, state in own.items() if state is not None}
+        return checkpoint_parts(self.trained, own | states)
+
+
+def micro_batches(settings: Settings, ranks: int) -> tuple[int, int]:
+    """How many micro-batches a process takes, and their size."""
+    if settings.batch_size % ranks:
+        raise SystemExit(
+            f"--batch-size {settings.batch_size}: {ranks} processes must divide it."
+        )
+    own = settings.batch_size // ranks
+    parts = -(-own // settings.micro_batch_size)
+    while own % parts:
+        parts += 1
+    return parts, own // parts
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """What makes a run the one it is: all but where it is and how it is watched."""
+    free = (
+        "out",
+        "resume",
+        "threads",
+        "workers",
+        "device",
+        "wandb",
+        "evaluate",
+        "best",
+    )
+    free += ("log_every", "sample_every", "checkpoint_every", "evaluate_every", "keep")
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(settings).items()
+        if name not in free
+    }
+
+
+WATCHED = ("dm/gap", "discriminator/accuracy", "critic/error")
+"""What the progress bar shows and the monitor judges."""
+
+
+def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
+    """The loop: iterations, log, pictures, checkpoints, evaluation."""
+    settings, monitor = run.settings, Monitor()
+    best = Best(settings.best)
+    parts = run.parts_of_checkpoint(monitor=monitor, best=best)
+    start = folder.start(settings.resume, parts)
+    log, durations = (
+        Log(settings.out, start, settings.wandb, folder.identity),
+        Durations(),
+    )
+    steps = range(start, settings.iterations)
+    bar = tqdm(
+        steps, desc=settings.preset, initial=start, total=settings.iterations, unit="it"
+    )
+    metrics: dict[str, Tensor] = {}
+
+    def show(done: int) -> None:
+        images = run.samples()
+        watched = {k.rpartition("/")[2]: metrics[k] for k in WATCHED if k in metrics}
+        for text in monitor.observe(done, images, watched):
+            bar.write(text)
+        grid = grid_of(to_pixels(images), columns=8)
+        save_png(grid, settings.out / "samples" / f"{done:08d}.png")
+        log.picture(done, "samples", grid)
+
+    def save(done: int) -> None:
+        path = folder.save(done, parts, settings.keep)
+        number = done // settings.checkpoint_every
+        last = done == settings.iterations
+        if settings.evaluate and (last or number % settings.evaluate_every == 0):
+            student = settings.out / "evaluated"
+            run.export(student, done)
+            found = run_evaluation(settings.evaluate, student, done)
+            log.scalars(done, {f"evaluation/{k}": v for k, v in found.items()})
+            if best.improved(found, done):
+                folder.keep_best(path, {"step": done, **found})
+
+    for step in bar:
+        began, turn = time.perf_counter(), run.ttur.generator_turn(step)
+        metrics |= run.iterate(step, monitor)
+        durations.add(
+            "generator_turn" if turn else "critic_turn", time.perf_counter() - began
+        )
+        done = step + 1
+        last = done == settings.iterations
+        if last or done % settings.log_every == 0:
+            values = to_floats(metrics)
+            rate = float(run.trained["critic"].schedule.get_last_lr()[0])
+            log.scalars(done, {**values, "learning_rate": rate, **durations.medians()})
+            bar.set_postfix({k: f"{values[k]:.3g}" for k in WATCHED if k in values})
+        if last or done % settings.sample_every == 0:
+            show(done)
+        if last or done % settings.checkpoint_every == 0:
+            save(done)
+    log.close()
+    return durations.medians()
+
+
+def main(settings: Settings) -> None:
+    """Distils, and writes everything to OUT."""
+    settings.check()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 [scripts]
+    try:
+        run = Distillation(settings)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    folder = RunFolder(settings.out, identity(settings))
+    try:
+        seconds = train(run, folder)
+    except (BadImageError, NonFiniteError) as error:
+        raise SystemExit(f"{error} Checkpoints are in {folder.checkpoints}.") from error
+    run.export(settings.out / "student", settings.iterations)
+    summary = {
+        "preset": settings.preset,
+        "iterations": settings.iterations,
+        "student_updates": run.ttur.counts(settings.iterations).generator_updates,
+        "batch_size": settings.batch_size,
+        "parameters": sum(p.numel() for p in run.networks.student.parameters()),
+        "head_parameters": sum(p.numel() for p in run.networks.critic.parameters())
+        - sum(p.numel() for p in run.networks.student.parameters()),
+        "device": str(run.device),
+        "threads": torch.get_num_threads(),
+        "precision": settings.precision,
+        "seconds_per_iteration": seconds,
+        "peak_memory_gib": peak_memory_gib(run.device),
+    }
+    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for name, value in summary.items():
+        print(f"{name:<24}{value}")
+    print(f"The student is in {settings.out}/student; draw from it with")
+    print(f"  python examples/sample.py {settings.out}/student --grid samples.png")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Settings, PRESETS))
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "Interrupted. The same command with --resume continues from the newest "
+            "checkpoint."
+        ) from None

@@ -1,0 +1,309 @@
+"""Makes ImageNet-64 from the original training images, in EDM's data set format.
+
+    python examples/prepare_imagenet.py ILSVRC/Data/CLS-LOC/train imagenet-64x64.zip
+
+SOURCE holds a folder for each class (n01440764, ...); the label is its place in their
+alphabetical order. Images are centre-cropped as in ADM (Dhariwal and Nichol 2021), as
+EDM's teachers were trained on. DEST is a folder, or a zip if its name ends so, and
+appears when it is whole. The same command continues an interrupted folder.
+`dmdkit.data.open_images` reads it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+from collections import Counter, deque
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+CLASSES = 1000
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+MODES = ("RGB", "L", "CMYK", "YCbCr", "RGBA", "LA", "P", "1")
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
+LABELS, PLAN = "dataset.json", "plan.json"
+CHUNK = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Makes a data set of small images from ImageNet's training images."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of class folders."""
+    dest: tyro.conf.Positional[Path]
+    """Folder, or .zip, to make."""
+    resolution: int = 64
+    workers: int = os.cpu_count() or 1
+    """Processes that crop; 0: this one."""
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    """What to do with an unreadable image: stop, or name it and leave it out."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot run."""
+        if self.resolution < 1:
+            raise SystemExit(f"--resolution {self.resolution}: expected >= 1.")
+        if self.workers < 0:
+            raise SystemExit(f"--workers {self.workers}: expected >= 0.")
+        if not self.source.is_dir():
+            raise SystemExit(f"SOURCE {self.source}: there is no such folder.")
+        if self.dest.exists():
+            raise SystemExit(f"DEST {self.dest} exists; remove it or name another.")
+
+    @property
+    def partial(self) -> Path:
+        """What is made before it gets its name."""
+        return self.dest.with_name(f"{self.dest.name}.partial")
+
+
+class Source(NamedTuple):
+    """An image: its file below SOURCE, its name in DEST, its label."""
+
+    file: str
+    name: str
+    label: int
+
+
+def find_sources(folder: Path) -> list[Source]:
+    """Lists all images, by class folder and name; an image's name is its place."""
+    folders = sorted(f.name for f in folder.iterdir() if f.is_dir())
+    folders = [name for name in folders if not name.startswith(".")]
+    sources: list[Source] = []
+    for label, name in enumerate(folders):
+        files = sorted(entry.name for entry in os.scandir(folder / name))
+        files = [file for file in files if file.lower().endswith(SUFFIXES)]
+        if not files:
+            raise SystemExit(
+                f"SOURCE: the class folder {folder / name} holds no images; every "
+                "folder is a class."
+            )
+        for file in files:
+            place = f"{len(sources):08d}"
+            target = f"{place[:5]}/img{place}.png"
+            sources.append(Source(f"{name}/{file}", target, label))
+    if not sources:
+        raise SystemExit(
+            f"SOURCE {folder} holds no class folders with images (n01440764/*.JPEG); "
+            "name the folder that does."
+        )
+    return sources
+
+
+def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """Crops as ADM does.
+
+    While the shorter side is at least twice the resolution, the image is halved with a
+    box filter. Then it is resized, bicubically, so that the shorter side has the
+    resolution, and its centre cut out.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize(
+            (image.width // 2, image.height // 2), Image.Resampling.BOX
+        )
+    scale = resolution / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def to_png(path: Path, resolution: int) -> bytes | str:
+    """Crops a file: the PNG, or what is wrong with it.
+
+    The kind of file is seen from its content, not its name: one of ImageNet's JPEGs is
+    a PNG, and some are grey or CMYK.
+    """
+    try:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
+            if image.mode not in MODES:
+                return f"mode {image.mode}, expected one of {', '.join(MODES)}"
+            cropped = centre_crop(image.convert("RGB"), resolution)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return str(error).partition(" <_io")[0]
+    png = io.BytesIO()
+    cropped.save(png, "PNG")
+    return png.getvalue()
+
+
+def to_pngs(paths: list[Path], resolution: int) -> list[bytes | str]:
+    """Crops some files; what a worker is asked for at once."""
+    return [to_png(path, resolution) for path in paths]
+
+
+def crop_all(settings: Settings, sources: list[Source]) -> Generator[bytes | str]:
+    """Crops in order, in worker processes that are never far ahead."""
+    paths = [settings.source / source.file for source in sources]
+    chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
+    if settings.workers == 0:
+        for path in paths:
+            yield to_png(path, settings.resolution)
+        return
+    pool = ProcessPoolExecutor(settings.workers)
+    waiting: deque[Future[list[bytes | str]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(to_pngs, chunk, settings.resolution))
+            if len(waiting) > 4 * settings.workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Sink(Protocol):
+    """Where the files of the data set go."""
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there, and whole, from an earlier run."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file."""
+        ...
+
+    def finish(self) -> None:
+        """Gives the data set its name."""
+        ...
+
+
+class FolderSink:
+    """A folder that is continued if it is there and was begun for the same images."""
+
+    def __init__(self, settings: Settings, sources: list[Source]) -> None:
+        self.partial, self.dest = settings.partial, settings.dest
+        listing = "\n".join(source.file for source in sources)
+        plan = {
+            "resolution": settings.resolution,
+            "images": len(sources),
+            "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        }
+        self.partial.mkdir(parents=True, exist_ok=True)
+        file = self.partial / PLAN
+        if not file.is_file():
+            self.write(PLAN, json.dumps(plan).encode())
+        elif (found := json.loads(file.read_text())) != plan:
+            raise SystemExit(
+                f"{self.partial} was begun for {found}, now it is {plan}; remove it "
+                "to start anew."
+            )
+
+    def has(self, name: str) -> bool:
+        try:
+            with (self.partial / name).open("rb") as file:
+                file.seek(-len(PNG_END), os.SEEK_END)
+                return file.read() == PNG_END
+        except OSError:
+            return False
+
+    def write(self, name: str, data: bytes) -> None:
+        path = self.partial / name
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+
+    def finish(self) -> None:
+        (self.partial / PLAN).unlink()
+        self.partial.rename(self.dest)
+
+
+class ZipSink:
+    """A zip without compression, which PNGs do not need; begun anew each time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.partial, self.dest = settings.partial, settings.dest
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        self.zip = zipfile.ZipFile(self.partial, "w", zipfile.ZIP_STORED)
+
+    def has(self, name: str) -> bool:
+        return False
+
+    def write(self, name: str, data: bytes) -> None:
+        # ZipInfo's own date, so that the same images make the same file.
+        info = zipfile.ZipInfo(name)
+        info.external_attr = 0o644 << 16
+        self.zip.writestr(info, data)
+
+    def finish(self) -> None:
+        self.zip.close()
+        self.partial.rename(self.dest)
+
+
+def prepare(settings: Settings) -> None:
+    """Makes the data set and prints what it holds."""
+    sources = find_sources(settings.source)
+    is_zip = settings.dest.suffix.lower() == ".zip"
+    sink: Sink = ZipSink(settings) if is_zip else FolderSink(settings, sources)
+    done = {source.name for source in sources if sink.has(source.name)}
+    todo = [source for source in sources if source.name not in done]
+    bad: set[str] = set()
+    bar = tqdm(total=len(sources), initial=len(done), desc="cropping", unit="image")
+    with bar, closing(crop_all(settings, todo)) as pngs:
+        for source, png in zip(todo, pngs, strict=True):
+            if isinstance(png, bytes):
+                sink.write(source.name, png)
+            elif settings.on_bad == "refuse":
+                raise SystemExit(
+                    f"{settings.source / source.file}: {png}. Repair it, or leave such "
+                    "files out with --on-bad skip."
+                )
+            else:
+                bad.add(source.name)
+                bar.write(f"Skipped {settings.source / source.file}: {png}.")
+            bar.update()
+    good = [source for source in sources if source.name not in bad]
+    if not good:
+        raise SystemExit(f"SOURCE {settings.source}: no image could be read.")
+    labels = [[source.name, source.label] for source in good]
+    sink.write(LABELS, json.dumps({"labels": labels}).encode())
+    sink.finish()
+    summarize(settings, sources, good)
+
+
+def summarize(settings: Settings, sources: list[Source], good: list[Source]) -> None:
+    """Prints how many images there are, and their size."""
+    counts = Counter(source.label for source in good)
+    counts.update(dict.fromkeys((source.label for source in sources), 0))
+    files = settings.dest.rglob("*") if settings.dest.is_dir() else [settings.dest]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    print(
+        f"{settings.dest}: {len(good)} images of {settings.resolution}x"
+        f"{settings.resolution}, {len(counts)} classes of {min(counts.values())} to "
+        f"{max(counts.values())} images, {len(sources) - len(good)} skipped, "
+        f"{size / 1e6:.1f} MB."
+    )
+    if len(counts) != CLASSES:
+        print(f"Note: ImageNet has {CLASSES} classes, SOURCE has {len(counts)}.")
+
+
+def main(settings: Settings) -> None:
+    """Makes the data set; errors are one line."""
+    try:
+        prepare(settings)
+    except BrokenProcessPool:
+        raise SystemExit(
+            "A worker was ended from outside, perhaps for lack of memory; try fewer "
+            "--workers."
+        ) from None
+    except OSError as error:
+        raise SystemExit(f"{error}.") from error
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Settings))
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "Interrupted. The same command continues a folder; a zip starts anew."
+        ) from None

@@ -1,0 +1,341 @@
+"""What the recipes share: command line, run folder, log, optimizers, pictures.
+
+A run's folder holds `settings.json`, `log.jsonl`, TensorBoard's events, `checkpoints/`,
+`samples/` and, at the end, `student/` and `summary.json`.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from dmdkit import (
+    ExponentialMovingAverage,
+    NonFiniteError,
+    ScoreEstimator,
+    checkpoints,
+    linear_warmup,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dmdkit.extras import require_extra
+
+require_extra("train", "tyro", "tensorboard", "tqdm")
+
+SettingsType = TypeVar("SettingsType")
+
+
+def parse(
+    settings: type[SettingsType],
+    presets: Mapping[str, SettingsType],
+    arguments: Sequence[str] | None = None,
+) -> SettingsType:
+    """Reads settings from the command line: those of `--preset`, and what differs."""
+    import tyro
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder.add_argument("--preset")
+    try:
+        name = finder.parse_known_args(given)[0].preset
+    except argparse.ArgumentError:
+        name = None
+    # tyro itself refuses a preset that is not in the list.
+    default = presets.get(str(name), next(iter(presets.values())))
+    return tyro.cli(settings, default=default, args=given)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; "auto" is the first GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: this machine has no CUDA device.")
+    return device
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held: by tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Trained:
+    """A denoiser, its AdamW with the paper's betas, warm-up, clipping, and averages."""
+
+    def __init__(
+        self,
+        denoiser: ScoreEstimator,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        warmup: int,
+        max_gradient_norm: float,
+    ) -> None:
+        self.denoiser = denoiser
+        self.max_gradient_norm = max_gradient_norm
+        self.optimizer = torch.optim.AdamW(
+            denoiser.parameters(),
+            learning_rate,
+            betas=(0.9, 0.999),  # paper, sections F.2 to F.4
+            weight_decay=weight_decay,
+        )
+        self.schedule: LRScheduler = linear_warmup(self.optimizer, warmup)
+        self.ema: ExponentialMovingAverage | None = None
+
+    def average(self, decay: float) -> None:
+        """Keeps an average of the weights as well, from now on."""
+        self.ema = ExponentialMovingAverage(self.denoiser.network, (decay,))
+
+    def gradient_norm(self, name: str) -> Tensor:
+        """Clips the gradient, and gives its norm before; raises if it is not finite."""
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.denoiser.parameters(), self.max_gradient_norm
+        )
+        if not bool(norm.isfinite()):
+            raise NonFiniteError(
+                f"the gradient of the {name} is not finite; no step was taken."
+            )
+        return norm
+
+    def step(self) -> None:
+        """Takes the optimizer's step and what follows it, and frees the gradient."""
+        self.optimizer.step()
+        self.schedule.step()
+        if self.ema is not None:
+            self.ema.update(self.denoiser.network)
+        self.optimizer.zero_grad()
+
+
+def checkpoint_parts(
+    trained: Mapping[str, Trained], states: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that a checkpoint holds, as `save_checkpoint` takes it."""
+    averages = {
+        f"{name}_ema": part.ema
+        for name, part in trained.items()
+        if part.ema is not None
+    }
+    schedules = {f"{name}_schedule": part.schedule for name, part in trained.items()}
+    return {
+        "modules": {name: part.denoiser.network for name, part in trained.items()},
+        "optimizers": {name: part.optimizer for name, part in trained.items()},
+        "states": {**schedules, **averages, **states},
+    }
+
+
+class RunFolder:
+    """The folder of a run: what it was started with, and its checkpoints."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self.out, self.identity = out, json.loads(json.dumps(identity, default=str))
+        self.checkpoints = out / "checkpoints"
+
+    def start(self, resume: bool, parts: Mapping[str, Any]) -> int:
+        """Begins a run or takes up the newest checkpoint; gives the step to go on."""
+        file, found = self.out / "settings.json", checkpoints(self.checkpoints)
+        if not resume:
+            if found:
+                raise SystemExit(
+                    f"--out: {self.out} holds a run with checkpoints; continue it with "
+                    "--resume, or name another folder."
+                )
+            self.out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(self.identity, indent=2) + "\n")
+            return 0
+        if not found:
+            raise SystemExit(f"--resume: there is no checkpoint in {self.checkpoints}.")
+        if not file.is_file():
+            raise SystemExit(f"--resume: {file}, the settings of the run, is missing.")
+        started = json.loads(file.read_text())
+        for name, value in self.identity.items():
+            if started.get(name) != value:
+                raise SystemExit(
+                    f"--resume: the run in {self.out} was started with {name} = "
+                    f"{started.get(name)}, now it is {value}; use the same."
+                )
+        try:
+            step = load_checkpoint(found[-1], **parts)
+        except ValueError as error:
+            raise SystemExit(f"--resume: {error}") from error
+        print(f"Resumed from {found[-1]}.")
+        return step
+
+    def save(self, step: int, parts: Mapping[str, Any], keep: int) -> Path:
+        """Writes a checkpoint, and removes all but the newest."""
+        return save_checkpoint(self.checkpoints, step=step, keep=keep, **parts)
+
+    def keep_best(self, checkpoint: Path, about: Mapping[str, Any]) -> None:
+        """Keeps a checkpoint as `best/`, whatever becomes of the original."""
+        best, partial = self.out / "best", self.out / ".best.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(checkpoint, partial, copy_function=_link_or_copy)
+        (partial / "best.json").write_text(json.dumps(about, indent=2) + "\n")
+        shutil.rmtree(best, ignore_errors=True)
+        partial.rename(best)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+class Log:
+    """Metrics by step: to `log.jsonl`, TensorBoard and, if asked, Weights & Biases."""
+
+    def __init__(
+        self, out: Path, start: int, wandb: str | None, settings: Mapping[str, Any]
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = out / "log.jsonl"
+        # What came after the checkpoint is written again by the resumed run.
+        self.file.write_text(
+            "".join(
+                line + "\n" for line in self._lines(self.file) if _step(line) <= start
+            )
+        )
+        self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+        self.wandb = None
+        if wandb is not None:
+            require_extra("train", "wandb")
+            import wandb as client  # pyright: ignore[reportMissingImports]
+
+            name = out / "wandb_id.txt"  # so that a resumed run goes on there too
+            if not name.is_file():
+                name.write_text(uuid.uuid4().hex)
+            self.wandb = client.init(
+                project=wandb,
+                id=name.read_text(),
+                dir=out,
+                config=dict(settings),
+                resume="allow",
+            )
+
+    @staticmethod
+    def _lines(file: Path) -> list[str]:
+        return file.read_text().splitlines() if file.is_file() else []
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line of numbers."""
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, grid: Tensor) -> None:
+        """Shows a picture, uint8 [3, h, w], to the trackers."""
+        self.tensorboard.add_image(name, grid, step)
+        if self.wandb is not None:
+            import wandb as client  # pyright: ignore[reportMissingImports]
+
+            self.wandb.log({name: client.Image(grid.permute(1, 2, 0).numpy())}, step)
+
+    def close(self) -> None:
+        """Writes what is still on its way."""
+        self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _step(line: str) -> int:
+    return int(json.loads(line)["step"])
+
+
+def to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Reads scalars from the device in one transfer."""
+    values = torch.stack([value.detach().float() for value in scalars.values()])
+    return dict(zip(scalars, values.tolist(), strict=True))
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8, rounded to the nearest of 256 levels."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def grid_of(pixels: Tensor, columns: int) -> Tensor:
+    """Lays pictures, uint8 [b, c, h, w], out in rows: uint8 [3, h', w']."""
+    from torchvision.utils import make_grid
+
+    return make_grid(pixels.cpu(), nrow=columns, padding=2)
+
+
+def save_png(picture: Tensor, path: Path) -> None:
+    """Writes a picture, uint8 [c, h, w]."""
+    from torchvision.transforms.functional import to_pil_image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_pil_image(picture).save(path)
+
+
+class Best:
+    """The smallest value so far of one number of the evaluations."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.value, self.step = name, math.inf, 0
+
+    def improved(self, found: dict[str, float], step: int) -> bool:
+        """Takes a new evaluation; whether it is the best."""
+        better = found.get(self.name, math.inf) < self.value
+        if better:
+            self.value, self.step = found[self.name], step
+        return better
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self.step = float(state["value"]), int(state["step"])
+
+
+class Durations:
+    """Seconds an iteration of each kind took in this process."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def add(self, kind: str, seconds: float) -> None:
+        self.seconds.setdefault(kind, []).append(seconds)
+
+    def medians(self) -> dict[str, float]:
+        """The median of each kind."""
+        return {k: statistics.median(v) for k, v in self.seconds.items()}
+
+
+def run_evaluation(command: str, student: Path, step: int) -> dict[str, float]:
+    """Runs a command on an exported student; its last line is a JSON object of numbers.
+
+    A failure is printed and does not stop the run: training is worth more.
+    """
+    filled = [part.format(student=student, step=step) for part in shlex.split(command)]
+    done = subprocess.run(filled, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    try:
+        if done.returncode:
+            raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1])
+        values = json.loads(lines[-1])
+        return {str(name): float(value) for name, value in values.items()}
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        print(f"The evaluation at step {step} gave no numbers: {error}", flush=True)
+        return {}
