@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_script import as_in_a_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -263,6 +264,12 @@ def test_arguments_out_of_range(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"expected (shard_size|a finite number)"):
         ShardWriter(tmp_path / "new", **{"about": ABOUT, **wrong})
     assert not (tmp_path / "new").exists()
+
+
+def test_what_it_is_about_is_text_and_numbers(tmp_path: Path) -> None:
+    about: Any = {"times": [1, 2]}
+    with as_in_a_script(), pytest.raises(TypeError, match=r"'times'.*strings and num"):
+        ShardWriter(tmp_path, about=about)
 
 
 def shard(folder: Path, number: int) -> Path:

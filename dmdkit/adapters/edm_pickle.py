@@ -24,8 +24,17 @@ from dmdkit.adapters.restricted_pickle import (
 )
 
 _WRAPPER, _NETWORK = "EDMPrecond", "DhariwalUNet"
-_CONTAINERS = ("ModuleDict", "ModuleList", "Sequential")
-_PARTS = ("Linear", "Conv2d", "GroupNorm", "PositionalEmbedding", "UNetBlock")
+_TORCH_MODULES = (
+    "container.ModuleDict",
+    "container.ModuleList",
+    "container.Sequential",
+    "linear.Linear",
+    "conv.Conv2d",
+    "normalization.GroupNorm",
+)
+_KINDS = {name.partition(".")[2] for name in _TORCH_MODULES} | {
+    *(_WRAPPER, _NETWORK, "PositionalEmbedding", "UNetBlock")
+}
 _DEPTH = 8
 """Modules within modules; EDM's networks have five levels."""
 _DAMAGE = (
@@ -176,8 +185,8 @@ def _constructors(size: int) -> dict[str, Callable[..., Any]]:
         table |= {f"{module}.set": listed, f"{module}.frozenset": listed}
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         table[f"{module}.scalar"] = inert("numpy scalar")
-    for kind in _CONTAINERS:
-        table[f"torch.nn.modules.container.{kind}"] = inert(kind)
+    for name in _TORCH_MODULES:
+        table[f"torch.nn.modules.{name}"] = inert(name.partition(".")[2])
     return table
 
 
@@ -252,7 +261,7 @@ def _tensors(module: Record) -> Iterator[tuple[str, Tensor]]:
 
 def _verify(name: str, module: Record) -> None:
     """Raises if a module differs from ADM in what its weights do not show."""
-    if module.kind not in (_WRAPPER, _NETWORK, *_CONTAINERS, *_PARTS):
+    if module.kind not in _KINDS:
         raise ValueError(f"{name} is {quoted(module.kind)}, which ADM does not have")
     expected: dict[str, float | int] = {}
     match module.kind:
@@ -271,12 +280,15 @@ def _verify(name: str, module: Record) -> None:
             }
         case "UNetBlock":
             attends = _submodules(module).get("qkv") is not None
-            width = _number(module, "out_channels", int)
+            width = len(_part(_submodules(module)["norm1"], "_parameters")["weight"])
             if attends and width % 64 != 0:
                 raise ValueError(f"{name} attends over {width} channels, no n * 64")
             heads = width // 64 if attends else 0
             expected = {"num_heads": heads, "skip_scale": 1, "adaptive_scale": True}
     for attribute, value in expected.items():
+        # What a module does not say is left to the weights' names and shapes.
+        if attribute not in module.state:
+            continue
         found = _number(module, attribute, float)
         if found != value:
             raise ValueError(
