@@ -68,6 +68,7 @@ def test_convert_train_kill_resume_draw(
 ) -> None:
     options = [*inputs(folders), "--batch-size", "2", "--iterations", "20"]
     options += ["--seed", "3", "--ema", "0.9", "--learning-rate", "1e-4"]
+    options += ["--times", "80", "5"]  # so that rungs are drawn
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -113,7 +114,7 @@ def test_convert_train_kill_resume_draw(
         assert picture.size == (8 * 18 + 2, 4 * 18 + 2)
 
     sidecar = read_sidecar(whole / "student")
-    assert sidecar.times == (80.0,)
+    assert sidecar.times == (80.0, 5.0)
     assert sidecar.about["iterations"] == 20
     assert sidecar.about["teacher"]["source"] == "edm.pkl"
     draw(whole / "student", "--grid", tmp_path / "grid.png", "--columns", "3")

@@ -153,6 +153,22 @@ def test_gradients_are_those_of_diffusers_also_with_checkpointing(kind: str) -> 
 
 
 @kinds
+def test_checkpointed_blocks_run_again_in_the_backward(kind: str) -> None:
+    network = transformer_network(kind, transformer(kind))
+    x, t, cond = transformer_inputs(kind)
+    entered: list[nn.Module] = []
+    for block in network.blocks:
+        # Recomputation stops before a block's end, so a hook there would miss it.
+        block.register_forward_pre_hook(lambda m, args: entered.append(m))
+    for checkpointed in (False, True):
+        if checkpointed:
+            network.transformer.enable_gradient_checkpointing()
+        entered.clear()
+        network(x, t, cond).sum().backward()
+        assert len(entered) == len(network.blocks) * (2 if checkpointed else 1)
+
+
+@kinds
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_bf16_by_autocast_or_by_weights_is_diffusers_own(kind: str) -> None:
     model = transformer(kind)
@@ -227,7 +243,7 @@ def test_guidance_is_told_to_whom_it_is_known() -> None:
 
 
 def test_labels_are_not_dropped_in_train_mode() -> None:
-    network = DiTNetwork(transformer("DiT").train()).train()
+    network = DiTNetwork(transformer("DiT").train())
     copied = copy.deepcopy(nn.Sequential(network)).train()[0]
     x, t, labels = transformer_inputs("DiT")
     torch.manual_seed(0)

@@ -8,7 +8,8 @@ the times at which it is called. Nothing in a folder is executed when it is read
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,20 +84,38 @@ def save_denoiser(
             f"estimator: its network is {describe(network)}, expected a UNetNetwork; "
             "take it out of its wrapper or head first."
         )
+    with replacing(folder) as partial:
+        network.unet.save_pretrained(partial)
+        write_sidecar(partial, estimator, times, about)
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """Gives a folder to fill, which takes the place of another one when it is full."""
     folder = Path(folder)
     require_replaceable(folder)
-    sidecar = {
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_sidecar(
+    folder: Path,
+    estimator: ScoreEstimator,
+    times: tuple[float | int, ...] | None,
+    about: Mapping[str, Any] | None,
+) -> None:
+    """Writes what `read_sidecar` reads."""
+    content = {
         "process": _value(estimator.process),
         "parameterization": _value(estimator.parameterization),
         "times": times,
         "about": dict(about or {}),
     }
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    network.unet.save_pretrained(partial)
-    (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (folder / SIDECAR).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def require_replaceable(folder: str | Path) -> None:
