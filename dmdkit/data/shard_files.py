@@ -7,12 +7,12 @@ A folder holds `shards.json`, which says what the samples are; for every rank it
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+from dmdkit.data.shard_columns import Column, kind_of, text_parts
 
 INDEX = "shards.json"
 _NAME = re.compile(r"shard-(\d{4})-(\d{5})\.safetensors")
@@ -50,24 +50,33 @@ def read_shard(path: Path) -> Shard:
     """Reads what a shard holds, or raises `ValueError`."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_slice(name) for name in sorted(file.keys())}
-            shapes = {name: s.get_shape() for name, s in tensors.items()}
-            empty = {name: s[:0] for name, s in tensors.items() if shapes[name]}
+            index = json.loads((file.metadata() or {}).get("dmdkit", "{}"))
+            texts = index.pop("texts", [])
+            lengths = {_texts_length(file, name) for name in texts}
+            empty: dict[str, Column] = dict.fromkeys(texts, ())
+            parts = {part for name in texts for part in text_parts(name)}
+            for name in set(file.keys()) - parts:
+                tensor = file.get_slice(name)
+                lengths.add(_length(tensor))
+                if tensor.get_shape():
+                    empty[name] = tensor[:0]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"folder: {path} cannot be read: {error}.") from error
-    lengths = {shape[0] if shape else 0 for shape in shapes.values()}
-    if len(lengths) != 1 or 0 in lengths or "dmdkit" not in metadata:
+    if len(lengths) != 1 or 0 in lengths or not index:
         raise ValueError(f"folder: {path} was not written by ShardWriter.")
-    return Shard(path, lengths.pop(), kind_of(empty), json.loads(metadata["dmdkit"]))
+    return Shard(path, lengths.pop(), kind_of(empty), index)
 
 
-def kind_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Says dtype and shape of one sample, by name in alphabetical order."""
-    return {
-        name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape[1:])}"
-        for name, tensor in sorted(tensors.items())
-    }
+def _length(tensor: Any) -> int:
+    return next(iter(tensor.get_shape()), 0)
+
+
+def _texts_length(file: Any, name: str) -> int:
+    """How many texts there are; 0 if their bytes do not end where the last one does."""
+    utf8, ends = (file.get_slice(part) for part in text_parts(name))
+    count = _length(ends)
+    whole = count and int(ends[count - 1 : count]) == _length(utf8)
+    return count if whole else 0
 
 
 def require_index(shard: Shard, index: Index) -> None:

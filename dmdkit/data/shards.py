@@ -1,26 +1,34 @@
-"""Tensors in numbered safetensors files: noise-image pairs, latents."""
+"""Tensors and texts in numbered safetensors files: noise-image pairs, latents."""
 
 import bisect
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dmdkit._checked import describe
+from dmdkit.data.shard_columns import (
+    TEXT,
+    Column,
+    check_columns,
+    copied,
+    joined,
+    kind_of,
+    packed,
+    read_text,
+)
 from dmdkit.data.shard_files import (
     INDEX,
     Index,
     finished_file,
-    kind_of,
     read_finished,
     read_index,
     read_shard,
@@ -97,34 +105,30 @@ class ShardWriter:
         self.position = sum(shard.length for shard in shards)
         self._shards = len(shards)
         self._kind = shards[0].kind if shards else None
-        self._buffer: list[dict[str, Tensor]] = []
+        self._buffer: list[dict[str, Column]] = []
         self._waiting = 0
 
-    def add(self, **tensors: Tensor) -> None:
+    def add(self, **columns: Tensor | Sequence[str]) -> None:
         """Adds samples; they are written when a shard is full.
 
         Args:
-            **tensors: Tensors by name, [b, ...], as many samples in each, always of the
-                same names, shapes and dtypes. They are copied to the CPU.
+            **columns: Tensors by name, [b, ...], which are copied to the CPU, and lists
+                of texts, as many samples in each, always of the same names, shapes and
+                dtypes.
 
         Raises:
-            ValueError: If they do not go together, or not with those before.
+            TypeError: If one is neither a tensor nor a list of str.
+            ValueError: If they do not go together, or not with those before, or a text
+                is no Unicode text.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if len({shape[:1] for shape in shapes.values()} | {()}) != 2:
-            listed = ", ".join(f"{k} {describe(v)}" for k, v in tensors.items())
-            raise ValueError(
-                f"tensors: got {listed or 'none'}; expected one or more, with as many "
-                "samples in each along the first axis."
-            )
-        kind = kind_of(tensors)
+        check_columns(columns)
+        kind = kind_of(columns)
         if self._kind not in (None, kind):
-            raise ValueError(f"tensors: got {kind}, those before are {self._kind}.")
+            raise ValueError(f"columns: got {kind}, those before are {self._kind}.")
+        added = {name: copied(name, values) for name, values in columns.items()}
         self._kind = kind
-        self._buffer.append(
-            {name: v.detach().to("cpu", copy=True) for name, v in tensors.items()}
-        )
-        self._waiting += next(iter(shapes.values()))[0]
+        self._buffer.append(added)
+        self._waiting += len(next(iter(added.values())))
         while self._waiting >= self.shard_size:
             self._write(self.shard_size)
 
@@ -152,15 +156,17 @@ class ShardWriter:
 
     def _write(self, count: int) -> None:
         whole = {
-            name: torch.cat([part[name] for part in self._buffer])
+            name: joined([part[name] for part in self._buffer])
             for name in self._buffer[0]
         }
-        shard = {name: v[:count].contiguous() for name, v in whole.items()}
+        shard = {name: v[:count] for name, v in whole.items()}
+        tensors, texts = packed(shard)
         # The names are the user's own, so one entry holds all of dmdkit's.
-        metadata = {"dmdkit": json.dumps(self._index._asdict())}
+        content = {**self._index._asdict(), **({"texts": texts} if texts else {})}
+        metadata = {"dmdkit": json.dumps(content)}
         path = self.folder / shard_name(self.rank, self._shards)
         finished_file(self.folder, self.rank).unlink(missing_ok=True)
-        self._write_whole(path, lambda partial: save_file(shard, partial, metadata))
+        self._write_whole(path, lambda partial: save_file(tensors, partial, metadata))
         self._shards += 1
         self.position += count
         self._waiting -= count
@@ -175,17 +181,20 @@ class ShardWriter:
         _flush(self.folder)
 
 
-class ShardedTensors(Dataset[dict[str, Tensor]]):
+class ShardedTensors(Dataset[dict[str, Any]]):
     """Samples from the shards of all ranks, read one by one as they are asked for.
 
-    An item is a dict of the tensors of one sample, by name. The files are memory-mapped
-    when they are first needed. It can be pickled, and read in several processes.
+    An item is a dict of the tensors of one sample, and its texts as str, by name. The
+    files are memory-mapped when they are first needed. It can be pickled, and read in
+    several processes.
 
     Args:
         folder: The folder that `ShardWriter` wrote.
 
     Attributes:
         about: What the samples are, as `ShardWriter` was told.
+        kind: Dtype and shape of a sample's tensors, such as "float16[4, 8, 8]", and
+            "text" for texts, by name.
 
     Raises:
         ValueError: If a rank is not finished, a shard is missing, damaged or of another
@@ -220,13 +229,13 @@ class ShardedTensors(Dataset[dict[str, Tensor]]):
                 )
         self._paths = [shard.path for shard in shards]
         self._ends = list(itertools.accumulate(shard.length for shard in shards))
-        self._names = tuple(shards[0].kind)
+        self.kind = shards[0].kind
         self._opened: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"index: got {index}, expected 0 ... {len(self) - 1}.")
         number = bisect.bisect_right(self._ends, index)
@@ -236,7 +245,10 @@ class ShardedTensors(Dataset[dict[str, Tensor]]):
         file = self._opened[number]
         # A slice shares the memory of the file's map: what is changed in it would stay.
         return {
-            name: file.get_slice(name)[row : row + 1][0].clone() for name in self._names
+            name: read_text(file, name, row)
+            if kind == TEXT
+            else file.get_slice(name)[row : row + 1][0].clone()
+            for name, kind in self.kind.items()
         }
 
     def __getstate__(self) -> dict[str, Any]:
