@@ -5,8 +5,8 @@
 
 Every setting names its source: the paper (its section), the official scripts where the
 paper is silent, or "ours". Presets are the rows of Tables 1 and 3; `--help` shows the
-settings of the preset given. One GPU or many: the batch of 280 is reached by gradient
-accumulation. The page "ImageNet-64" of the documentation has the whole recipe.
+settings of the preset given. It runs in one process: the batch of 280 is reached by
+gradient accumulation. The page "ImageNet-64" of the documentation has the whole recipe.
 """
 
 import json
@@ -24,9 +24,11 @@ from runs import (
     Log,
     RunFolder,
     Trained,
+    check_evaluation,
     checkpoint_parts,
     device_of,
     grid_of,
+    option,
     parse,
     peak_memory_gib,
     run_evaluation,
@@ -197,9 +199,23 @@ class Settings:
                 "WORLD_SIZE: this recipe runs in one process; leave out torchrun."
             )
         if not (self.distribution_matching or self.gan or self.regression):
-            raise SystemExit("--no-gan: then the student has no loss at all.")
+            raise SystemExit(
+                "--gan, --distribution-matching, --regression: all are off, so the "
+                "student has no loss at all."
+            )
         if (self.teacher is None) == (not self.random_init):
             raise SystemExit("--teacher: give a folder, or --random-init, one of them.")
+        if self.preset == "long-phase2" and self.start_from is None:
+            raise SystemExit(
+                "--start-from: missing; phase 2 starts from the best checkpoint of "
+                "phase 1, its OUT/best."
+            )
+        if not self.times:
+            raise SystemExit("--times: expected at least one sigma.")
+        if self.out.exists() and not self.out.is_dir():
+            raise SystemExit(f"--out: {self.out} is a file; name a folder.")
+        if self.evaluate is not None:
+            check_evaluation(self.evaluate)
         for needs, name in (("gan", "images"), ("regression", "pairs")):
             if getattr(self, needs) and getattr(self, name) is None:
                 raise _refusal(name, "missing", f"--{needs} needs it, or --no-{needs}")
@@ -253,7 +269,8 @@ def build_networks(settings: Settings) -> Networks:
     if settings.teacher is None:
         teacher = edm_denoiser(imagenet64_unet(), features=settings.gan_features)
     else:
-        teacher = load_denoiser(settings.teacher, features=settings.gan_features)
+        with option("teacher"):
+            teacher = load_denoiser(settings.teacher, features=settings.gan_features)
     student = trainable_copy(teacher)
     teacher.requires_grad_(False).eval()
     networks = Networks(teacher, student, teacher)
@@ -266,7 +283,8 @@ def build_networks(settings: Settings) -> Networks:
         head = DiffusionGANHead(channels[-1], resolution)
     networks = networks._replace(critic=trainable_copy(teacher, head=head))
     if settings.start_from is not None:
-        start_from(settings.start_from, networks)
+        with option("start-from"):
+            start_from(settings.start_from, networks)
     device = device_of(settings.device)
     return Networks(*(network.to(device) for network in networks))
 
@@ -489,21 +507,25 @@ class Distillation:
         if not self.settings.gan:
             return None
         assert self.settings.images is not None
-        return open_images(
-            self.settings.images,
-            resolution=self.shape[1],
-            channels=self.shape[0],
-            # Labels mean nothing to a teacher of random weights.
-            classes=self.classes or None if self.settings.teacher else None,
-            on_bad=self.settings.on_bad,
-        )
+        with option("images"):
+            images = open_images(
+                self.settings.images,
+                resolution=self.shape[1],
+                channels=self.shape[0],
+                # Labels mean nothing to a teacher of random weights.
+                classes=self.classes or None if self.settings.teacher else None,
+                on_bad=self.settings.on_bad,
+            )
+            _ = images[0]  # a set of another size is found out before training starts
+        return images
 
     def noise_image_pairs(self) -> Any:
         """The pairs of the regression loss, if there is one."""
         if not self.settings.regression:
             return None
         assert self.settings.pairs is not None
-        pairs = ShardedTensors(self.settings.pairs)
+        with option("pairs"):
+            pairs = ShardedTensors(self.settings.pairs)
         shape = tuple(pairs[0]["images"].shape)
         if shape != self.shape:
             raise SystemExit(
@@ -551,6 +573,8 @@ class Distillation:
 
     def iterate(self, step: int, monitor: Monitor) -> dict[str, Tensor]:
         """One iteration: on the student's turn both learn, else the critic alone.
+
+        The metrics are those of the last micro-batch.
 
         The critic sees the samples that the student made before its own update, as in
         official DMD2. All micro-batches share a rung; only if there is one does the
@@ -665,7 +689,13 @@ def micro_batches(settings: Settings, ranks: int) -> tuple[int, int]:
     parts = -(-own // settings.micro_batch_size)
     while own % parts:
         parts += 1
-    return parts, own // parts
+    size = own // parts
+    if 2 * size <= settings.micro_batch_size and parts > 1:
+        raise SystemExit(
+            f"--micro-batch-size {settings.micro_batch_size}: the next size that "
+            f"divides {own} is {size}; choose sizes that go together, as 40 and 280 do."
+        )
+    return parts, size
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -680,7 +710,14 @@ def identity(settings: Settings) -> dict[str, Any]:
         "evaluate",
         "best",
     )
-    free += ("log_every", "sample_every", "checkpoint_every", "evaluate_every", "keep")
+    free += (
+        "iterations",
+        "log_every",
+        "sample_every",
+        "checkpoint_every",
+        "evaluate_every",
+        "keep",
+    )
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(settings).items()
@@ -695,8 +732,8 @@ WATCHED = ("dm/gap", "discriminator/accuracy", "critic/error")
 def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
     """The loop: iterations, log, pictures, checkpoints, evaluation."""
     settings, monitor = run.settings, Monitor()
-    best = Best(settings.best)
-    parts = run.parts_of_checkpoint(monitor=monitor, best=best)
+    best = Best(settings.best, settings.out / "best" if settings.resume else None)
+    parts = run.parts_of_checkpoint(monitor=monitor)
     start = folder.start(settings.resume, parts)
     log, durations = (
         Log(settings.out, start, settings.wandb, folder.identity),
@@ -726,7 +763,7 @@ def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
             run.export(student, done)
             found = run_evaluation(settings.evaluate, student, done)
             log.scalars(done, {f"evaluation/{k}": v for k, v in found.items()})
-            if best.improved(found, done):
+            if best.improved(found):
                 folder.keep_best(path, {"step": done, **found})
 
     for step in bar:
@@ -764,13 +801,16 @@ def main(settings: Settings) -> None:
     try:
         seconds = train(run, folder)
     except (BadImageError, NonFiniteError) as error:
-        raise SystemExit(f"{error} Checkpoints are in {folder.checkpoints}.") from error
+        raise SystemExit(str(error)) from error
     run.export(settings.out / "student", settings.iterations)
+    if not seconds:
+        raise SystemExit(f"The run had {settings.iterations} iterations already.")
     summary = {
         "preset": settings.preset,
         "iterations": settings.iterations,
         "student_updates": run.ttur.counts(settings.iterations).generator_updates,
         "batch_size": settings.batch_size,
+        "micro_batches": run.parts,
         "parameters": sum(p.numel() for p in run.networks.student.parameters()),
         "head_parameters": sum(p.numel() for p in run.networks.critic.parameters())
         - sum(p.numel() for p in run.networks.student.parameters()),
@@ -793,5 +833,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         raise SystemExit(
             "Interrupted. The same command with --resume continues from the newest "
-            "checkpoint."
+            "checkpoint, if one has been written."
         ) from None

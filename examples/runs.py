@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,10 +64,22 @@ def device_of(name: str) -> torch.device:
     """The device of a name; "auto" is the first GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {name}: expected auto, cuda or cpu.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {name}: this machine has no CUDA device.")
     return device
+
+
+@contextmanager
+def option(name: str) -> Iterator[None]:
+    """Says which option of the command line an error is about, in one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"--{name}: {error}") from error
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -290,23 +303,29 @@ def save_png(picture: Tensor, path: Path) -> None:
 
 
 class Best:
-    """The smallest value so far of one number of the evaluations."""
+    """The smallest value so far of one number of the evaluations.
 
-    def __init__(self, name: str) -> None:
-        self.name, self.value, self.step = name, math.inf, 0
+    A resumed run takes it from the `best/` folder, which outlives any checkpoint.
+    """
 
-    def improved(self, found: dict[str, float], step: int) -> bool:
+    def __init__(self, name: str, folder: Path | None) -> None:
+        self.name, self.value = name, math.inf
+        file = None if folder is None else folder / "best.json"
+        if file is not None and file.is_file():
+            self.value = float(json.loads(file.read_text()).get(name, math.inf))
+
+    def improved(self, found: dict[str, float]) -> bool:
         """Takes a new evaluation; whether it is the best."""
+        if found and self.name not in found:
+            print(
+                f"The evaluation gave {', '.join(found)}, but no {self.name!r}: no "
+                "best checkpoint is kept (see --best).",
+                flush=True,
+            )
         better = found.get(self.name, math.inf) < self.value
         if better:
-            self.value, self.step = found[self.name], step
+            self.value = found[self.name]
         return better
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value, self.step = float(state["value"]), int(state["step"])
 
 
 class Durations:
@@ -323,19 +342,36 @@ class Durations:
         return {k: statistics.median(v) for k, v in self.seconds.items()}
 
 
+def check_evaluation(command: str) -> None:
+    """Refuses a command that cannot be run, before anything is trained."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise SystemExit(f"--evaluate: {error}: {command}") from error
+    if "{student}" not in command:
+        raise SystemExit(
+            "--evaluate: it does not say {student}, the folder of the student."
+        )
+    if shutil.which(words[0]) is None:
+        raise SystemExit(f"--evaluate: there is no program {words[0]}.")
+
+
 def run_evaluation(command: str, student: Path, step: int) -> dict[str, float]:
     """Runs a command on an exported student; its last line is a JSON object of numbers.
 
-    A failure is printed and does not stop the run: training is worth more.
+    `{student}` and `{step}` are filled in. A failure is printed and does not stop the
+    run: training is worth more.
     """
-    filled = [part.format(student=student, step=step) for part in shlex.split(command)]
-    done = subprocess.run(filled, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
+    values = {"{student}": str(student), "{step}": str(step)}
+    words = shlex.split(command)
+    for name, value in values.items():
+        words = [word.replace(name, value) for word in words]
     try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1])
-        values = json.loads(lines[-1])
-        return {str(name): float(value) for name, value in values.items()}
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        return {str(name): float(value) for name, value in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
         print(f"The evaluation at step {step} gave no numbers: {error}", flush=True)
         return {}

@@ -200,12 +200,9 @@ def test_phase_two_starts_from_the_best_of_phase_one(tmp_path: Path) -> None:
     folder = save_digits_teacher(tmp_path / "teacher")
     images = save_digit_images(tmp_path / "images", side=8, channels=1)
     # A command that finds every student worse than the one before.
-    worse = (
-        "import sys; print('read', sys.argv[1]); print('{\"fid\": %s}' % sys.argv[2])"
-    )
-    evaluate = f'{sys.executable} -c "{worse}" {{student}} {{step}}'.replace(
-        '{"fid"', '{{\\"fid\\"'
-    ).replace("%s}'", "%s}}'")
+    script = tmp_path / "worse.py"
+    script.write_text("import sys; print('{\"fid\": ' + sys.argv[2] + '}')")
+    evaluate = f"{sys.executable} {script} {{student}} {{step}}"
     common: list[str | Path] = ["--teacher", folder, "--batch-size", "4"]
     first, second = tmp_path / "first", tmp_path / "second"
     options: list[str | Path] = ["--iterations", "15", "--learning-rate", "1e-3"]
@@ -250,6 +247,22 @@ def test_phase_two_starts_from_the_best_of_phase_one(tmp_path: Path) -> None:
     )
 
 
+def test_the_best_is_still_the_best_after_a_resume(tmp_path: Path) -> None:
+    folder = save_digits_teacher(tmp_path / "teacher")
+    script, out = tmp_path / "fid.py", tmp_path / "run"
+    # The best comes second, after its own checkpoint was written.
+    script.write_text(
+        "import sys; print('{\"fid\": %d}' % {5: 5, 10: 2}.get(int(sys.argv[2]), 3))"
+    )
+    given: list[str | Path] = ["--preset", "long-phase1", "--teacher", folder]
+    given += ["--batch-size", "2", "--out", out, "--evaluate"]
+    given += [f"{sys.executable} {script} {{student}} {{step}}"]
+    train(*given, "--iterations", "10")
+    assert json.loads((out / "best" / "best.json").read_text())["step"] == 10
+    train(*given, "--iterations", "15", "--resume")
+    assert json.loads((out / "best" / "best.json").read_text())["step"] == 10
+
+
 def test_an_evaluation_that_fails_does_not_stop_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,7 +273,7 @@ def test_an_evaluation_that_fails_does_not_stop_the_run(
         "--batch-size=2",
         "--iterations=5",
         f"--out={tmp_path / 'run'}",
-        "--evaluate=false",
+        "--evaluate=false {student}",
     )
     assert "The evaluation at step 5 gave no numbers" in capsys.readouterr().out
     assert (tmp_path / "run" / "student").is_dir()
@@ -280,6 +293,11 @@ def lines(error: pytest.ExceptionInfo[SystemExit]) -> str:
         ("--teacher T", "--images: missing; --gan needs it, or --no-gan"),
         ("--teacher T --preset table3-dmd", "--pairs: missing; --regression needs it"),
         ("--teacher T --no-gan --no-distribution-matching", "no loss at all"),
+        ("--teacher T --images I --preset long-phase2", "--start-from: missing"),
+        ("--teacher T --images I --batch-size 401", "--micro-batch-size 40: the next"),
+        ("--teacher T --images I --evaluate fid.py", "it does not say {student}"),
+        ("--teacher T --images I --evaluate no/{student}", "there is no program no/"),
+        ("--teacher T --images I --device foo", "--device foo: expected auto"),
         ("--teacher T --images I --batch-size 0", "--batch-size: 0; expected >= 1"),
         ("--teacher T --images I --keep 0", "--keep: 0; expected >= 1"),
         ("--teacher T --images I --workers -1", "--workers: -1; expected >= 0"),
