@@ -39,6 +39,7 @@ from digits_evaluation import (
     teacher_rows,
 )
 from digits_report import print_table, save_curves, save_grid, save_samples
+from runs import RunFolder
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -59,8 +60,6 @@ from dmdkit import (
     checkpoints,
     frozen,
     karras_sigmas,
-    load_checkpoint,
-    save_checkpoint,
     trainable_copy,
 )
 from dmdkit.adapters.folders import load_denoiser, read_sidecar, save_denoiser
@@ -286,20 +285,6 @@ def identity(settings: Settings) -> dict[str, Any]:
     return {k: v for k, v in asdict(settings).items() if k not in free}
 
 
-def require_same_run(settings: Settings) -> None:
-    """Refuses to continue a run with other settings than it was started with."""
-    file = settings.out / "settings.json"
-    if not file.is_file():
-        raise SystemExit(f"--resume: {file}, the settings of that run, is missing.")
-    started = json.loads(file.read_text())
-    for name, value in identity(settings).items():
-        if started.get(name) != value:
-            raise SystemExit(
-                f"--resume: the run in {settings.out} was started with "
-                f"{name} = {started.get(name)}, now it is {value}; use the same."
-            )
-
-
 class Record:
     """The curves and the time spent, for checkpoints and the summary."""
 
@@ -330,18 +315,12 @@ def train(run: Distillation, evaluator: Evaluator) -> Record:
             "monitor": monitor,
         },
     }
-    folder, start = settings.out / "checkpoints", 0
-    if settings.resume:
-        if not (found := checkpoints(folder)):
-            raise SystemExit(f"--resume: there is no checkpoint in {folder}.")
-        require_same_run(settings)
-        start = load_checkpoint(found[-1], **parts)
-        print(f"Resumed at iteration {start} of {settings.iterations}.")
-    elif checkpoints(folder):
-        # Else a later --resume could take up those of the run before.
-        print(f"Starting anew: removing the checkpoints of an earlier run in {folder}.")
-        shutil.rmtree(folder)
-    (settings.out / "settings.json").write_text(json.dumps(identity(settings)) + "\n")
+    folder = RunFolder(settings.out, identity(settings))
+    if not settings.resume and checkpoints(folder.checkpoints):
+        # The demo is started again and again; a long run would not be removed.
+        print(f"Starting anew: removing the earlier run in {folder.checkpoints}.")
+        shutil.rmtree(folder.checkpoints)
+    start = folder.start(settings.resume, parts)
 
     def measure(step: int, metrics: dict[str, Tensor]) -> None:
         images = draw_many(run.draw, settings.samples, seed=10_000).images
@@ -367,7 +346,7 @@ def train(run: Distillation, evaluator: Evaluator) -> Record:
         if done % settings.evaluate_every == 0 or done == settings.iterations:
             record.seconds += time.perf_counter() - started
             measure(done, metrics)
-            save_checkpoint(folder, step=done, keep=2, **parts)
+            folder.save(done, parts, keep=2)
             started = time.perf_counter()
     return record
 

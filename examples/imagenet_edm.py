@@ -31,6 +31,7 @@ from runs import (
     option,
     parse,
     peak_memory_gib,
+    require_wandb,
     run_evaluation,
     save_png,
     to_floats,
@@ -214,6 +215,7 @@ class Settings:
             raise SystemExit("--times: expected at least one sigma.")
         if self.out.exists() and not self.out.is_dir():
             raise SystemExit(f"--out: {self.out} is a file; name a folder.")
+        require_wandb(self.wandb)
         if self.evaluate is not None:
             check_evaluation(self.evaluate)
         for needs, name in (("gan", "images"), ("regression", "pairs")):
@@ -255,12 +257,21 @@ class Networks(NamedTuple):
     student: ScoreEstimator
     critic: ScoreEstimator
 
-    @property
-    def unet_config(self) -> Any:
-        """The configuration of the teacher's UNet."""
-        network = self.teacher.network
-        assert isinstance(network, UNetNetwork)
-        return network.unet.config
+
+def unet_config(denoiser: ScoreEstimator) -> Any:
+    """The configuration of a denoiser's UNet."""
+    network = denoiser.network
+    assert isinstance(network, UNetNetwork)
+    return network.unet.config
+
+
+def head_for(teacher: ScoreEstimator) -> DiffusionGANHead:
+    """A head on the critic's last level: 768 channels at 8x8 for the real network."""
+    config = unet_config(teacher)
+    channels = config["block_out_channels"]
+    return DiffusionGANHead(
+        channels[-1], resolution=config["sample_size"] >> len(channels) - 1
+    )
 
 
 def build_networks(settings: Settings) -> Networks:
@@ -273,15 +284,8 @@ def build_networks(settings: Settings) -> Networks:
             teacher = load_denoiser(settings.teacher, features=settings.gan_features)
     student = trainable_copy(teacher)
     teacher.requires_grad_(False).eval()
-    networks = Networks(teacher, student, teacher)
-    head = None
-    if settings.gan:
-        config = networks.unet_config
-        channels = config["block_out_channels"]
-        # 768 channels at 8x8 for the real network.
-        resolution = config["sample_size"] // 2 ** (len(channels) - 1)
-        head = DiffusionGANHead(channels[-1], resolution)
-    networks = networks._replace(critic=trainable_copy(teacher, head=head))
+    critic = trainable_copy(teacher, head=head_for(teacher) if settings.gan else None)
+    networks = Networks(teacher, student, critic)
     if settings.start_from is not None:
         with option("start-from"):
             start_from(settings.start_from, networks)
@@ -331,8 +335,8 @@ class Batch(NamedTuple):
 class Method:
     """The losses of a run, and one iteration as functions of tensors.
 
-    Each function reads nothing back from the device and knows no loader: it can be
-    traced, compiled, planned.
+    Each function reads nothing back from the device and knows no loader, so that it
+    can be run on tensors without data, to plan memory and time.
     """
 
     def __init__(self, settings: Settings, sigma_data: float) -> None:
@@ -469,7 +473,8 @@ class Distillation:
     def __init__(self, settings: Settings, rank: int = 0, ranks: int = 1) -> None:
         self.settings, self.device = settings, device_of(settings.device)
         self.networks = build_networks(settings)
-        config, teacher = self.networks.unet_config, self.networks.teacher
+        teacher = self.networks.teacher
+        config = unet_config(teacher)
         self.classes = config["num_class_embeds"] or 0
         self.shape = (config["in_channels"], *[config["sample_size"]] * 2)
         parameterization = teacher.parameterization
@@ -700,28 +705,12 @@ def micro_batches(settings: Settings, ranks: int) -> tuple[int, int]:
 
 def identity(settings: Settings) -> dict[str, Any]:
     """What makes a run the one it is: all but where it is and how it is watched."""
-    free = (
-        "out",
-        "resume",
-        "threads",
-        "workers",
-        "device",
-        "wandb",
-        "evaluate",
-        "best",
-    )
-    free += (
-        "iterations",
-        "log_every",
-        "sample_every",
-        "checkpoint_every",
-        "evaluate_every",
-        "keep",
-    )
+    free = "out resume threads workers device wandb evaluate best iterations keep"
+    free += " log_every sample_every checkpoint_every evaluate_every"
     return {
-        name: str(value) if isinstance(value, Path) else value
+        name: str(value.resolve()) if isinstance(value, Path) else value
         for name, value in asdict(settings).items()
-        if name not in free
+        if name not in free.split()
     }
 
 
@@ -735,10 +724,12 @@ def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
     best = Best(settings.best, settings.out / "best" if settings.resume else None)
     parts = run.parts_of_checkpoint(monitor=monitor)
     start = folder.start(settings.resume, parts)
-    log, durations = (
-        Log(settings.out, start, settings.wandb, folder.identity),
-        Durations(),
-    )
+    if start > settings.iterations:
+        raise SystemExit(
+            f"--iterations {settings.iterations}: the run has made {start} already."
+        )
+    log = Log(settings.out, start, settings.wandb, folder.identity)
+    durations = Durations()
     steps = range(start, settings.iterations)
     bar = tqdm(
         steps, desc=settings.preset, initial=start, total=settings.iterations, unit="it"
@@ -783,6 +774,8 @@ def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
             show(done)
         if last or done % settings.checkpoint_every == 0:
             save(done)
+        if done % settings.log_every == 0:
+            metrics.clear()  # a line has nothing older than the line before
     log.close()
     return durations.medians()
 
@@ -803,8 +796,10 @@ def main(settings: Settings) -> None:
     except (BadImageError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error
     run.export(settings.out / "student", settings.iterations)
-    if not seconds:
-        raise SystemExit(f"The run had {settings.iterations} iterations already.")
+    file = settings.out / "summary.json"
+    if not seconds and file.is_file():
+        print(f"The run had its {settings.iterations} iterations already.")
+        return
     summary = {
         "preset": settings.preset,
         "iterations": settings.iterations,
@@ -812,15 +807,14 @@ def main(settings: Settings) -> None:
         "batch_size": settings.batch_size,
         "micro_batches": run.parts,
         "parameters": sum(p.numel() for p in run.networks.student.parameters()),
-        "head_parameters": sum(p.numel() for p in run.networks.critic.parameters())
-        - sum(p.numel() for p in run.networks.student.parameters()),
+        "critic_parameters": sum(p.numel() for p in run.networks.critic.parameters()),
         "device": str(run.device),
         "threads": torch.get_num_threads(),
         "precision": settings.precision,
         "seconds_per_iteration": seconds,
         "peak_memory_gib": peak_memory_gib(run.device),
     }
-    (settings.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    file.write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:<24}{value}")
     print(f"The student is in {settings.out}/student; draw from it with")

@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
             rank=settings.rank,
             ranks=settings.ranks,
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
     network = teacher.network
     assert isinstance(network, UNetNetwork)

@@ -44,6 +44,7 @@ class Settings:
     dest: tyro.conf.Positional[Path]
     """Folder, or .zip, to make."""
     resolution: int = 64
+    """Height and width of the images made."""
     workers: int = os.cpu_count() or 1
     """Processes that crop; 0: this one."""
     on_bad: Literal["refuse", "skip"] = "refuse"
@@ -59,6 +60,11 @@ class Settings:
             raise SystemExit(f"SOURCE {self.source}: there is no such folder.")
         if self.dest.exists():
             raise SystemExit(f"DEST {self.dest} exists; remove it or name another.")
+        if self.dest.resolve().is_relative_to(self.source.resolve()):
+            raise SystemExit(
+                f"DEST {self.dest} lies in SOURCE, where every folder is a class; name "
+                "another."
+            )
 
     @property
     def partial(self) -> Path:

@@ -5,6 +5,7 @@ A run's folder holds `settings.json`, `log.jsonl`, TensorBoard's events, `checkp
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -71,6 +72,12 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {name}: this machine has no CUDA device.")
     return device
+
+
+def require_wandb(project: str | None) -> None:
+    """Refuses `--wandb` where its package is missing: it is no dependency."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise SystemExit("--wandb: wandb is missing; type: pip install wandb")
 
 
 @contextmanager
@@ -230,7 +237,6 @@ class Log:
         self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self.wandb = None
         if wandb is not None:
-            require_extra("train", "wandb")
             import wandb as client  # pyright: ignore[reportMissingImports]
 
             name = out / "wandb_id.txt"  # so that a resumed run goes on there too

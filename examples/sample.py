@@ -219,7 +219,7 @@ def main(settings: Settings) -> None:
             save_grid(drawing, settings, settings.grid)
         if settings.out is not None:
             save_images(drawing, settings, settings.out)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
 
 

@@ -357,3 +357,10 @@ def test_indices_out_of_range(tmp_path: Path) -> None:
     for index in (-1, 10):
         with pytest.raises(IndexError, match=str(index)):
             ShardedTensors(tmp_path)[index]
+
+
+def test_shards_are_not_written_among_other_things(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_text("a photo")
+    with pytest.raises(ValueError, match=r"holds photo\.png and no shards\.json"):
+        ShardWriter(tmp_path, about={"what": "numbers"})
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]

@@ -194,7 +194,7 @@ def test_a_folder_holds_the_same_function(
     [
         (["absent.pkl", "out"], "there is no file"),
         (["n.bin", "out", "--sha256", "0" * 64], "the checksum of"),
-        (["n.bin", "full"], "holds something else"),
+        (["n.bin", "full"], "is no part of a denoiser"),
         (["n.bin", "out", "--sigma-data", "0"], "sigma_data: got 0"),
     ],
 )

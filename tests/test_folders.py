@@ -92,11 +92,15 @@ def test_only_a_denoiser_is_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("all of it")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match=r"holds thesis\.tex, which is no part"):
         save_denoiser(tmp_path / "home", denoiser())
     assert (tmp_path / "home" / "thesis.tex").read_text() == "all of it"
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="is a file"):
         require_replaceable(tmp_path / "home" / "thesis.tex")
+    (tmp_path / "d" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which is no part"):
+        save_denoiser(tmp_path / "d", denoiser())
+    assert (tmp_path / "d" / "notes.txt").read_text() == "precious"
     (tmp_path / "empty").mkdir()
     require_replaceable(tmp_path / "empty")
     require_replaceable(tmp_path / "not yet")

@@ -6,7 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import convert_edm
@@ -261,6 +264,82 @@ def test_the_best_is_still_the_best_after_a_resume(tmp_path: Path) -> None:
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 10
     train(*given, "--iterations", "15", "--resume")
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 10
+
+
+def test_a_finished_run_stays_as_it_is_or_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = save_digits_teacher(tmp_path / "teacher"), tmp_path / "run"
+    given: list[str | Path] = ["--preset", "long-phase1", "--teacher", folder]
+    given += ["--batch-size", "2", "--out", out, "--log-every", "2"]
+    train(*given, "--iterations", "6")
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    # The student learns in the first and the sixth iteration.
+    assert [(x["step"], "dm/gap" in x) for x in lines] == [
+        (2, True),
+        (4, False),
+        (6, True),
+    ]
+    summary = (out / "summary.json").read_text()
+    train(*given, "--iterations", "6", "--resume")
+    assert "had its 6 iterations already" in capsys.readouterr().out
+    assert (out / "summary.json").read_text() == summary
+    with pytest.raises(SystemExit, match="--iterations 5: the run has made 6"):
+        train(*given, "--iterations", "5", "--resume")
+    assert read_sidecar(out / "student").about["iterations"] == 6
+    train(*given, "--iterations", "7", "--resume")
+    assert read_sidecar(out / "student").about["iterations"] == 7
+
+
+class FakeWandb(ModuleType):
+    """What the log calls of Weights & Biases, kept."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+        self.finished = 0
+
+    def init(self, **given: Any) -> "FakeWandb":
+        self.started.append(given)
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    @staticmethod
+    def Image(pixels: np.ndarray) -> tuple[int, ...]:  # noqa: N802
+        return pixels.shape
+
+
+def test_weights_and_biases_see_numbers_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    given: list[str | Path] = ["--preset", "long-phase1", "--batch-size", "2"]
+    given += ["--teacher", save_digits_teacher(tmp_path / "teacher")]
+    given += ["--out", tmp_path / "run", "--wandb", "dmd2", "--log-every", "2"]
+    train(*given, "--iterations", "2")
+    train(*given, "--iterations", "4", "--resume")
+    first, second = client.started
+    assert first["project"] == "dmd2"
+    assert first["id"] == second["id"]  # a resumed run goes on in the same curves
+    numbers = [(step, v) for step, v in client.logged if "critic/error" in v]
+    assert [step for step, _ in numbers] == [2, 4]
+    pictures = [v["samples"] for _, v in client.logged if "samples" in v]
+    assert pictures == [(4 * 10 + 2, 8 * 10 + 2, 3)] * 2
+    assert client.finished == 2
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+def test_a_missing_tracker_is_said_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="type: pip install wandb"):
+        train("--random-init", "--images", tmp_path, "--wandb", "dmd2")
 
 
 def test_an_evaluation_that_fails_does_not_stop_the_run(

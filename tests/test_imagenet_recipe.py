@@ -270,6 +270,25 @@ def test_regression_is_on_pairs_and_beside_the_rest(generator: torch.Generator) 
     torch.testing.assert_close(got, factor.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_an_iteration_reads_nothing_back_from_the_device() -> None:
+    """On fake tensors there is nothing to read: any such read raises."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        FakeTensorMode,
+    )
+
+    with FakeTensorMode():
+        method, networks = recorded()
+        generator = torch.Generator()
+        batch = batch_of(3)
+        x = method.generate(networks, batch, 0, generator, train=True)
+        losses = method.student_backward(networks, batch, x, generator)
+        losses |= method.critic_backward(networks, batch, x, generator)
+        assert set(losses) == {"dm", "gan", "critic", "discriminator"}
+        with pytest.raises(DataDependentOutputException):
+            bool(losses["dm"].finite.all())
+
+
 # From here on with the digits teacher, as a user would start it.
 
 

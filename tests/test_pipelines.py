@@ -21,7 +21,7 @@ from dmdkit import (
     trainable_copy,
 )
 from dmdkit.adapters.conditions import TextCondition, TextPooledCondition
-from dmdkit.adapters.folders import read_sidecar
+from dmdkit.adapters.folders import read_sidecar, require_replaceable
 from dmdkit.adapters.pipelines import (
     encode_prompts,
     few_step_scheduler,
@@ -244,6 +244,10 @@ def test_diffusers_alone_draws_the_student_s_samples(
     assert call in card
     assert "inherit the terms of the teacher's: openrail++" in card
     assert isinstance(load(tmp_path / "student").scheduler, LCMScheduler)
+    require_replaceable(tmp_path / "student")
+    (tmp_path / "student" / "vae2").mkdir()
+    with pytest.raises(ValueError, match="holds vae2"):
+        require_replaceable(tmp_path / "student")
 
 
 def test_what_is_no_pipeline_is_refused(
@@ -259,7 +263,7 @@ def test_what_is_no_pipeline_is_refused(
         encode_prompts(pipeline, [])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "other.txt").write_text("kept")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match=r"holds other\.txt"):
         save_pipeline(
             tmp_path / "full",
             pipeline,

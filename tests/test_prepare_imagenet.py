@@ -250,6 +250,8 @@ def test_sources_and_targets_that_are_refused(tmp_path: Path) -> None:
     for made in (source, source / "n01" / "notes.txt"):
         with pytest.raises(SystemExit, match="exists"):
             prepare(source, made)
+    with pytest.raises(SystemExit, match="lies in SOURCE"):
+        prepare(source, source / "small")
     for option, value in (("workers", -1), ("resolution", 0)):
         with pytest.raises(SystemExit, match=f"--{option} {value}"):
             prepare(source, tmp_path / "set", **{option: value})

@@ -119,7 +119,7 @@ def write_sidecar(
 
 
 def require_replaceable(folder: str | Path) -> None:
-    """Raises `ValueError` if a folder holds something else than a denoiser.
+    """Raises `ValueError` if a folder holds anything that is no part of a denoiser.
 
     Args:
         folder: A folder that is to be written; it need not exist.
@@ -128,12 +128,25 @@ def require_replaceable(folder: str | Path) -> None:
         ValueError: If it is a file, or a folder with other things in it.
     """
     folder = Path(folder)
-    if folder.exists() and not (
-        folder.is_dir() and ((folder / SIDECAR).is_file() or not any(folder.iterdir()))
-    ):
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"folder: {folder} is a file; name another.")
+    names = {path.name for path in folder.iterdir()}
+    own = _names_written(folder) if SIDECAR in names else set()
+    if strangers := sorted(names - own):
         raise ValueError(
-            f"folder: {folder} holds something else than a denoiser; name another."
+            f"folder: {folder} holds {strangers[0]}, which is no part of a denoiser; "
+            "move it, or name another folder."
         )
+
+
+def _names_written(folder: Path) -> set[str]:
+    """What a denoiser or a pipeline consists of, by name, in a folder."""
+    names = {SIDECAR, "README.md", "config.json", "model_index.json"}
+    names |= {path.name for path in folder.glob("diffusion_pytorch_model*")}
+    index = folder / "model_index.json"
+    return names | set(json.loads(index.read_text()) if index.is_file() else ())
 
 
 def read_sidecar(folder: str | Path) -> Sidecar:

@@ -145,6 +145,11 @@ class ShardWriter:
     def _claim(self) -> None:
         """Writes down what the folder is for, or holds it against what is there."""
         if not (self.folder / INDEX).is_file():
+            if strange := sorted(self.folder.glob("[!.]*")):
+                raise ValueError(
+                    f"folder: {self.folder} holds {strange[0].name} and no {INDEX}; "
+                    "shards want a folder of their own."
+                )
             self._write_whole(self.folder / INDEX, _as_json(self._index._asdict()))
         found = read_index(self.folder)
         if found != self._index:
