@@ -9,37 +9,24 @@ settings of the preset given. It runs in one process: the batch of 280 is reache
 gradient accumulation. The page "ImageNet-64" of the documentation has the whole recipe.
 """
 
-import json
-import os
-import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from runs import (
-    Best,
-    Durations,
-    Log,
-    RunFolder,
-    Trained,
-    check_evaluation,
-    checkpoint_parts,
-    device_of,
-    grid_of,
-    option,
-    parse,
-    peak_memory_gib,
-    require_wandb,
-    run_evaluation,
-    save_png,
-    to_floats,
-    to_pixels,
+from distillation import (
+    Distillation,
+    Run,
+    RunSettings,
+    autocast,
+    distil,
+    refusal,
+    require_at_least,
+    until_interrupted,
 )
+from runs import device_of, option, parse
 from torch import Tensor
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 from dmdkit import (
     BackwardSimulator,
@@ -47,18 +34,14 @@ from dmdkit import (
     DiffusionGANHead,
     DiffusionGANLoss,
     DistributionMatchingLoss,
-    GeneratorState,
     KarrasIndexTime,
     KarrasPreconditioning,
     KarrasWeight,
     LPIPSDistance,
-    Monitor,
     NetworkWithHead,
-    NonFiniteError,
     RegressionLoss,
     RegressionOutput,
     ScoreEstimator,
-    TTURScheduler,
     frozen,
     load_modules,
     saved_parameters,
@@ -68,7 +51,7 @@ from dmdkit import (
 from dmdkit.adapters.diffusers import UNetNetwork
 from dmdkit.adapters.edm import edm_denoiser, imagenet64_unet
 from dmdkit.adapters.folders import load_denoiser, read_sidecar, save_denoiser
-from dmdkit.data import BadImageError, BatchStream, ShardedTensors, open_images
+from dmdkit.data import ShardedTensors, open_images
 from dmdkit.losses.common import Distance
 
 Preset = Literal[
@@ -154,51 +137,16 @@ class Settings:
     [scripts]."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of network calls; weights, losses and optimizers are fp32 [scripts: bf16]."""
-    device: str = "auto"
-    """cuda, cuda:1, cpu; auto takes a GPU if there is one."""
-    threads: int = 0
-    """Of the CPU; 0 leaves PyTorch's choice."""
-    workers: int = min(4, os.cpu_count() or 1)
-    """Processes that read images."""
     seed: int = 10
     """[scripts]."""
-
-    out: Path = Path("runs/imagenet_edm")
-    """Folder of everything that is written."""
-    resume: bool = False
-    """Continue from the newest checkpoint in OUT."""
-    log_every: int = 100
-    """Iterations between lines of the log."""
-    sample_every: int = 500
-    """Iterations between pictures of samples."""
-    checkpoint_every: int = 500
-    """Iterations between checkpoints [scripts]; one is written at the end too."""
-    keep: int = 2
-    """How many of the newest checkpoints stay."""
-    evaluate: str | None = None
-    """Command that measures a student, such as "python fid.py {student}"; the last line
-    it prints is a JSON object of numbers, which go to the log."""
-    evaluate_every: int = 1
-    """Run it on every n-th checkpoint [scripts: every one]."""
-    best: str = "fid"
-    """Number of the evaluation that is smallest for the best checkpoint: OUT/best."""
-    wandb: str | None = None
-    """Project of Weights & Biases to log to as well."""
+    run: Run = field(default_factory=lambda: RunSettings(Path("runs/imagenet_edm")))
 
     def check(self) -> None:
         """Refuses what cannot run."""
         counts = ("iterations", "batch_size", "micro_batch_size", "critic_steps")
-        every = ("log_every", "sample_every", "checkpoint_every", "evaluate_every")
-        for name in (*counts, *every, "keep"):
-            if getattr(self, name) < 1:
-                raise _refusal(name, f"{getattr(self, name)}", "expected >= 1")
-        for name in ("workers", "threads", "student_warmup", "critic_warmup"):
-            if getattr(self, name) < 0:
-                raise _refusal(name, f"{getattr(self, name)}", "expected >= 0")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise SystemExit(
-                "WORLD_SIZE: this recipe runs in one process; leave out torchrun."
-            )
+        require_at_least(self, 1, *counts)
+        require_at_least(self, 0, "student_warmup", "critic_warmup")
+        self.run.check()
         if not (self.distribution_matching or self.gan or self.regression):
             raise SystemExit(
                 "--gan, --distribution-matching, --regression: all are off, so the "
@@ -213,18 +161,9 @@ class Settings:
             )
         if not self.times:
             raise SystemExit("--times: expected at least one sigma.")
-        if self.out.exists() and not self.out.is_dir():
-            raise SystemExit(f"--out: {self.out} is a file; name a folder.")
-        require_wandb(self.wandb)
-        if self.evaluate is not None:
-            check_evaluation(self.evaluate)
         for needs, name in (("gan", "images"), ("regression", "pairs")):
             if getattr(self, needs) and getattr(self, name) is None:
-                raise _refusal(name, "missing", f"--{needs} needs it, or --no-{needs}")
-
-
-def _refusal(name: str, got: str, remedy: str) -> SystemExit:
-    return SystemExit(f"--{name.replace('_', '-')}: {got}; {remedy}.")
+                raise refusal(name, "missing", f"--{needs} needs it, or --no-{needs}")
 
 
 NO_TTUR: dict[str, Any] = {"critic_steps": 1}
@@ -289,7 +228,7 @@ def build_networks(settings: Settings) -> Networks:
     if settings.start_from is not None:
         with option("start-from"):
             start_from(settings.start_from, networks)
-    device = device_of(settings.device)
+    device = device_of(settings.run.device)
     return Networks(*(network.to(device) for network in networks))
 
 
@@ -348,19 +287,12 @@ class Method:
         self.regression_loss = RegressionLoss(squared_distance)
         if settings.regression and settings.regression_distance == "lpips":
             lpips = LPIPSDistance("vgg", settings.lpips_weights)
-            lpips.to(device_of(settings.device))
+            lpips.to(device_of(settings.run.device))
             self.regression_loss = RegressionLoss(At224(lpips))
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """Network calls in bf16.
-
-        Without autocast's cache, so that no cast made under `no_grad` can serve a later
-        call that needs its graph.
-        """
-        enabled = self.settings.precision == "bf16"
-        return torch.autocast(
-            device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
-        )
+        """Network calls in the settings' precision."""
+        return autocast(self.settings.precision, device)
 
     def generate(
         self,
@@ -463,15 +395,13 @@ def to_images(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device, non_blocking=True).float() / 127.5 - 1
 
 
-class Distillation:
-    """Networks, losses, optimizers and data of a run, and its iteration.
+class ImageNetDistillation(Distillation):
+    """The recipe with its data."""
 
-    `rank` of `ranks` processes has its own noise, labels and share of the batch; the
-    rung is the same on all.
-    """
+    settings: Settings
 
     def __init__(self, settings: Settings, rank: int = 0, ranks: int = 1) -> None:
-        self.settings, self.device = settings, device_of(settings.device)
+        super().__init__(settings, rank, ranks)
         self.networks = build_networks(settings)
         teacher = self.networks.teacher
         config = unet_config(teacher)
@@ -484,12 +414,10 @@ class Distillation:
                 "recipe distils EDM's (see examples/convert_edm.py)."
             )
         self.method = Method(settings, parameterization.sigma_data)
-        self.ttur = TTURScheduler(settings.critic_steps)
-        self.generator = torch.Generator(self.device).manual_seed(settings.seed + rank)
-        self.rung_generator = torch.Generator().manual_seed(settings.seed)
-        self.parts, self.size = micro_batches(settings, ranks)
-        self.images = self.stream(self.real_images(), rank, ranks)
-        self.pairs = self.stream(self.noise_image_pairs(), rank, ranks)
+        if settings.gan:
+            self.stream("images", self.real_images())
+        if settings.regression:
+            self.stream("pairs", self.noise_image_pairs())
         self.trained = {
             "student": self.train_with(self.networks.student, settings.student_warmup),
             "critic": self.train_with(self.networks.critic, settings.critic_warmup),
@@ -497,20 +425,8 @@ class Distillation:
         if settings.ema is not None:
             self.trained["student"].average(settings.ema)
 
-    def train_with(self, denoiser: ScoreEstimator, warmup: int) -> Trained:
-        """An optimizer for student or critic: both have the same settings."""
-        return Trained(
-            denoiser,
-            learning_rate=self.settings.learning_rate,
-            weight_decay=self.settings.weight_decay,
-            warmup=warmup,
-            max_gradient_norm=self.settings.max_gradient_norm,
-        )
-
     def real_images(self) -> Any:
-        """The images of the GAN, if there is one."""
-        if not self.settings.gan:
-            return None
+        """The images of the GAN."""
         assert self.settings.images is not None
         with option("images"):
             images = open_images(
@@ -525,9 +441,7 @@ class Distillation:
         return images
 
     def noise_image_pairs(self) -> Any:
-        """The pairs of the regression loss, if there is one."""
-        if not self.settings.regression:
-            return None
+        """The pairs of the regression loss."""
         assert self.settings.pairs is not None
         with option("pairs"):
             pairs = ShardedTensors(self.settings.pairs)
@@ -539,20 +453,6 @@ class Distillation:
             )
         return pairs
 
-    def stream(self, dataset: Any, rank: int, ranks: int) -> BatchStream | None:
-        """Endless shuffled batches, of which every process has its own part."""
-        if dataset is None:
-            return None
-        return BatchStream(
-            dataset,
-            self.size,
-            seed=self.settings.seed,
-            rank=rank,
-            ranks=ranks,
-            workers=self.settings.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-
     def draw(self) -> Batch:
         """A micro-batch: noise and uniform labels, real images, pairs."""
         random = {"device": self.device, "generator": self.generator}
@@ -561,64 +461,21 @@ class Distillation:
         if self.classes:
             labels = torch.randint(self.classes, (self.size,), **random)
         batch = Batch(noise, labels)
-        if self.images is not None:
-            pixels, image_labels = next(self.images)
+        if "images" in self.streams:
+            pixels, image_labels = next(self.streams["images"])
             batch = batch._replace(
                 images=to_images(pixels, self.device),
                 image_labels=image_labels.to(self.device) if self.classes else None,
             )
-        if self.pairs is not None:
-            pair = {name: v.to(self.device) for name, v in next(self.pairs).items()}
+        if "pairs" in self.streams:
+            pair = next(self.streams["pairs"])
+            pair = {name: v.to(self.device) for name, v in pair.items()}
             batch = batch._replace(
                 pair_noise=pair["noise"].float(),
                 pair_images=pair["images"].float(),
                 pair_labels=pair["labels"] if self.classes else None,
             )
         return batch
-
-    def iterate(self, step: int, monitor: Monitor) -> dict[str, Tensor]:
-        """One iteration: on the student's turn both learn, else the critic alone.
-
-        The metrics are those of the last micro-batch.
-
-        The critic sees the samples that the student made before its own update, as in
-        official DMD2. All micro-batches share a rung; only if there is one does the
-        student step before the critic's backward, so that its gradient is freed.
-        """
-        turn = self.ttur.generator_turn(step)
-        rung = self.method.simulator.draw_rung(self.rung_generator)
-        share, metrics = 1 / self.parts, {}
-        for _ in range(self.parts):
-            batch = self.draw()
-            about = (self.networks, batch)
-            x = self.method.generate(*about, rung, self.generator, train=turn)
-            if turn:
-                losses = self.method.student_backward(*about, x, self.generator, share)
-                metrics |= self.require_finite(monitor, losses)
-                if self.parts == 1:
-                    metrics |= self.update("student")
-            losses = self.method.critic_backward(*about, x, self.generator, share)
-            metrics |= self.require_finite(monitor, losses)
-        if turn and self.parts > 1:
-            metrics |= self.update("student")
-        return metrics | self.update("critic")
-
-    def require_finite(
-        self, monitor: Monitor, losses: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Stops the run before a step if a loss is not finite; else gives metrics."""
-        monitor.require_finite(**losses)
-        metrics = {f"{name}/loss": out.loss.detach() for name, out in losses.items()}
-        for name, output in losses.items():
-            metrics |= {f"{name}/{key}": v for key, v in output.metrics.items()}
-        return metrics
-
-    def update(self, name: str) -> dict[str, Tensor]:
-        """Clips the gradient and, if it is finite, takes a step."""
-        trained = self.trained[name]
-        norm = trained.gradient_norm(name)
-        trained.step()
-        return {f"{name}/gradient_norm": norm}
 
     @torch.no_grad()
     def samples(self, count: int = 32) -> Tensor:
@@ -644,15 +501,6 @@ class Distillation:
                 )
         return torch.cat(drawn)
 
-    def averaged(self) -> Any:
-        """Puts the average of the student's weights in place, if there is one."""
-        ema = self.trained["student"].ema
-        return (
-            nullcontext()
-            if ema is None
-            else ema.applied_to(self.networks.student.network)
-        )
-
     def export(self, folder: Path, step: int) -> None:
         """Writes the student as a diffusers folder to sample from."""
         settings, teacher = self.settings, {}
@@ -672,160 +520,24 @@ class Distillation:
                 folder, self.networks.student, times=settings.times, about=about
             )
 
-    def parts_of_checkpoint(self, **states: Any) -> dict[str, Any]:
-        """Everything that a run is."""
-        own: dict[str, Any] = {
-            "generator": GeneratorState(self.generator),
-            "rung_generator": GeneratorState(self.rung_generator),
-            "images": self.images,
-            "pairs": self.pairs,
+    def counts(self) -> dict[str, int]:
+        """The parameters of student and critic, the critic's with its head."""
+        student, critic = self.networks.student, self.networks.critic
+        return {
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "critic_parameters": sum(p.numel() for p in critic.parameters()),
         }
-        own = {name: state for name, state in own.items() if state is not None}
-        return checkpoint_parts(self.trained, own | states)
 
-
-def micro_batches(settings: Settings, ranks: int) -> tuple[int, int]:
-    """How many micro-batches a process takes, and their size."""
-    if settings.batch_size % ranks:
-        raise SystemExit(
-            f"--batch-size {settings.batch_size}: {ranks} processes must divide it."
-        )
-    own = settings.batch_size // ranks
-    parts = -(-own // settings.micro_batch_size)
-    while own % parts:
-        parts += 1
-    size = own // parts
-    if 2 * size <= settings.micro_batch_size and parts > 1:
-        raise SystemExit(
-            f"--micro-batch-size {settings.micro_batch_size}: the next size that "
-            f"divides {own} is {size}; choose sizes that go together, as 40 and 280 do."
-        )
-    return parts, size
-
-
-def identity(settings: Settings) -> dict[str, Any]:
-    """What makes a run the one it is: all but where it is and how it is watched."""
-    free = "out resume threads workers device wandb evaluate best iterations keep"
-    free += " log_every sample_every checkpoint_every evaluate_every"
-    return {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in asdict(settings).items()
-        if name not in free.split()
-    }
-
-
-WATCHED = ("dm/gap", "discriminator/accuracy", "critic/error")
-"""What the progress bar shows and the monitor judges."""
-
-
-def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
-    """The loop: iterations, log, pictures, checkpoints, evaluation."""
-    settings, monitor = run.settings, Monitor()
-    best = Best(settings.best, settings.out / "best" if settings.resume else None)
-    parts = run.parts_of_checkpoint(monitor=monitor)
-    start = folder.start(settings.resume, parts)
-    if start > settings.iterations:
-        raise SystemExit(
-            f"--iterations {settings.iterations}: the run has made {start} already."
-        )
-    log = Log(settings.out, start, settings.wandb, folder.identity)
-    durations = Durations()
-    steps = range(start, settings.iterations)
-    bar = tqdm(
-        steps, desc=settings.preset, initial=start, total=settings.iterations, unit="it"
-    )
-    metrics: dict[str, Tensor] = {}
-
-    def show(done: int) -> None:
-        images = run.samples()
-        watched = {k.rpartition("/")[2]: metrics[k] for k in WATCHED if k in metrics}
-        for text in monitor.observe(done, images, watched):
-            bar.write(text)
-        grid = grid_of(to_pixels(images), columns=8)
-        save_png(grid, settings.out / "samples" / f"{done:08d}.png")
-        log.picture(done, "samples", grid)
-
-    def save(done: int) -> None:
-        path = folder.save(done, parts, settings.keep)
-        number = done // settings.checkpoint_every
-        last = done == settings.iterations
-        if settings.evaluate and (last or number % settings.evaluate_every == 0):
-            student = settings.out / "evaluated"
-            run.export(student, done)
-            found = run_evaluation(settings.evaluate, student, done)
-            log.scalars(done, {f"evaluation/{k}": v for k, v in found.items()})
-            if best.improved(found):
-                folder.keep_best(path, {"step": done, **found})
-
-    for step in bar:
-        began, turn = time.perf_counter(), run.ttur.generator_turn(step)
-        metrics |= run.iterate(step, monitor)
-        durations.add(
-            "generator_turn" if turn else "critic_turn", time.perf_counter() - began
-        )
-        done = step + 1
-        last = done == settings.iterations
-        if last or done % settings.log_every == 0:
-            values = to_floats(metrics)
-            rate = float(run.trained["critic"].schedule.get_last_lr()[0])
-            log.scalars(done, {**values, "learning_rate": rate, **durations.medians()})
-            bar.set_postfix({k: f"{values[k]:.3g}" for k in WATCHED if k in values})
-        if last or done % settings.sample_every == 0:
-            show(done)
-        if last or done % settings.checkpoint_every == 0:
-            save(done)
-        if done % settings.log_every == 0:
-            metrics.clear()  # a line has nothing older than the line before
-    log.close()
-    return durations.medians()
+    def how_to_draw(self) -> str:
+        """The command that draws a picture."""
+        student = self.run_settings.out / "student"
+        return f"python examples/sample.py {student} --grid samples.png"
 
 
 def main(settings: Settings) -> None:
     """Distils, and writes everything to OUT."""
-    settings.check()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 [scripts]
-    try:
-        run = Distillation(settings)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    folder = RunFolder(settings.out, identity(settings))
-    try:
-        seconds = train(run, folder)
-    except (BadImageError, NonFiniteError) as error:
-        raise SystemExit(str(error)) from error
-    run.export(settings.out / "student", settings.iterations)
-    file = settings.out / "summary.json"
-    if not seconds and file.is_file():
-        print(f"The run had its {settings.iterations} iterations already.")
-        return
-    summary = {
-        "preset": settings.preset,
-        "iterations": settings.iterations,
-        "student_updates": run.ttur.counts(settings.iterations).generator_updates,
-        "batch_size": settings.batch_size,
-        "micro_batches": run.parts,
-        "parameters": sum(p.numel() for p in run.networks.student.parameters()),
-        "critic_parameters": sum(p.numel() for p in run.networks.critic.parameters()),
-        "device": str(run.device),
-        "threads": torch.get_num_threads(),
-        "precision": settings.precision,
-        "seconds_per_iteration": seconds,
-        "peak_memory_gib": peak_memory_gib(run.device),
-    }
-    file.write_text(json.dumps(summary, indent=2) + "\n")
-    for name, value in summary.items():
-        print(f"{name:<24}{value}")
-    print(f"The student is in {settings.out}/student; draw from it with")
-    print(f"  python examples/sample.py {settings.out}/student --grid samples.png")
+    distil(settings, ImageNetDistillation)
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(Settings, PRESETS))
-    except KeyboardInterrupt:
-        raise SystemExit(
-            "Interrupted. The same command with --resume continues from the newest "
-            "checkpoint, if one has been written."
-        ) from None
+    until_interrupted(lambda: main(parse(Settings, PRESETS)))

@@ -184,12 +184,14 @@ def test_pairs_are_the_teacher_s_and_train_a_student(tmp_path: Path) -> None:
 
     found = ShardedTensors(tmp_path / "pairs")
     assert len(found) == 10
-    item = found[7]
-    expected = HeunSampler(karras_sigmas(3))(
-        load_denoiser(folder), item["noise"][None], item["labels"][None]
+    items = [found[i] for i in (6, 7, 8)]  # drawn as one batch
+    noise, images, labels = (
+        torch.stack([item[name] for item in items])
+        for name in ("noise", "images", "labels")
     )
-    torch.testing.assert_close(item["images"][None], expected, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(found[6]["noise"], item["noise"])
+    expected = HeunSampler(karras_sigmas(3))(load_denoiser(folder), noise, labels)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(noise[0], noise[1])
 
     given: list[str | Path] = ["--preset", "table3-dmd", "--teacher", folder]
     given += ["--pairs", tmp_path / "pairs", "--regression-distance", "squared"]
@@ -227,7 +229,7 @@ def test_phase_two_starts_from_the_best_of_phase_one(tmp_path: Path) -> None:
         images,
     ]
     settings += ["--start-from", first / "best", "--out", second, *FAST]
-    run = imagenet_edm.Distillation(
+    run = imagenet_edm.ImageNetDistillation(
         parse(imagenet_edm.Settings, imagenet_edm.PRESETS, list(map(str, settings)))
     )
     from dmdkit import load_modules

@@ -10,8 +10,9 @@ import imagenet_edm
 import numpy as np
 import pytest
 import torch
+from distillation import micro_batches
 from helpers_recipes import save_digit_images, save_digits_teacher
-from runs import parse
+from runs import parse, to_pixels
 from torch import Tensor, nn
 
 from dmdkit import (
@@ -314,7 +315,7 @@ def weights(denoiser: ScoreEstimator) -> Tensor:
 def test_the_student_moves_at_every_fifth_step_the_critic_at_each(
     folders: dict[str, Path],
 ) -> None:
-    run = imagenet_edm.Distillation(settings(folders))
+    run = imagenet_edm.ImageNetDistillation(settings(folders))
     of_student, of_critic, of_teacher = (
         weights(n)
         for n in (run.networks.student, run.networks.critic, run.networks.teacher)
@@ -334,7 +335,9 @@ def test_the_student_moves_at_every_fifth_step_the_critic_at_each(
 def test_the_critic_learns_from_samples_made_before_the_student_s_step(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = imagenet_edm.Distillation(settings(folders, "--learning-rate", "1e-2"))
+    run = imagenet_edm.ImageNetDistillation(
+        settings(folders, "--learning-rate", "1e-2")
+    )
     made, seen = [], []
     generate, learn = run.method.generate, run.method.critic_backward
 
@@ -359,7 +362,7 @@ def test_a_step_is_adamw_s_after_warm_up_and_clipping(
 ) -> None:
     # At the paper's rate fp32 rounds the decay away in one step; at 1e-2 it shows.
     full = float(options[1]) if options else 2e-6
-    run = imagenet_edm.Distillation(settings(folders, *options))
+    run = imagenet_edm.ImageNetDistillation(settings(folders, *options))
     for name, warmup in (("student", 500 / 7 / 5), ("critic", 500 / 7)):
         denoiser = run.trained[name].denoiser
         before = weights(denoiser).double()
@@ -389,7 +392,7 @@ def test_a_step_is_adamw_s_after_warm_up_and_clipping(
 
 
 def test_the_rate_warms_up_in_own_updates(folders: dict[str, Path]) -> None:
-    run = imagenet_edm.Distillation(settings(folders))
+    run = imagenet_edm.ImageNetDistillation(settings(folders))
     for name, steps in (("student", 14), ("critic", 71)):
         rates = []
         for _ in range(steps + 2):
@@ -401,8 +404,8 @@ def test_the_rate_warms_up_in_own_updates(folders: dict[str, Path]) -> None:
 
 
 def test_labels_are_uniform_whatever_the_images_have(folders: dict[str, Path]) -> None:
-    run = imagenet_edm.Distillation(settings(folders, "--batch-size", "4000"))
-    run.images = None
+    run = imagenet_edm.ImageNetDistillation(settings(folders, "--batch-size", "4000"))
+    del run.streams["images"]
     run.size = 4000
     labels = run.draw().labels
     assert labels is not None
@@ -418,21 +421,21 @@ def test_images_span_minus_one_to_one() -> None:
     assert images[0] == -1
     assert images[255] == 1
     torch.testing.assert_close(images.diff(), torch.full((255,), 2 / 255))
-    assert torch.equal(imagenet_edm.to_pixels(images), pixels)
+    assert torch.equal(to_pixels(images), pixels)
 
 
 def gradients(
     folders: dict[str, Path], micro: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
     """The gradients of one iteration whose draws are functions of the sample."""
-    run = imagenet_edm.Distillation(
+    run = imagenet_edm.ImageNetDistillation(
         settings(folders, "--micro-batch-size", str(micro), "--times", "80", "5")
     )
     torch.manual_seed(4)
     with torch.no_grad():  # else teacher and critic agree, and their gap is rounding
         for p in run.networks.critic.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    whole = imagenet_edm.Distillation(settings(folders)).draw()
+    whole = imagenet_edm.ImageNetDistillation(settings(folders)).draw()
     parts = iter(range(0, 8, micro))
 
     def draw() -> imagenet_edm.Batch:
@@ -487,7 +490,7 @@ def test_bf16_gradients_reach_every_weight_after_simulation(
     found = []
     for precision in ("fp32", "bf16"):
         options = ("--times", "80", "5", "--precision", precision)
-        run = imagenet_edm.Distillation(settings(folders, *options))
+        run = imagenet_edm.ImageNetDistillation(settings(folders, *options))
         batch = run.draw()
         x = run.method.generate(run.networks, batch, 1, run.generator, train=True)
         assert x.dtype == torch.float32
@@ -513,7 +516,7 @@ def test_micro_batches_are_equal_and_as_few_as_fit(
     batch: int, micro: int, ranks: int, expected: tuple[int, int]
 ) -> None:
     settings = imagenet_edm.Settings(batch_size=batch, micro_batch_size=micro)
-    assert imagenet_edm.micro_batches(settings, ranks) == expected
+    assert micro_batches(settings, ranks) == expected
 
 
 def test_presets_are_the_rows_of_tables_1_and_3() -> None:
@@ -541,7 +544,7 @@ def test_presets_are_the_rows_of_tables_1_and_3() -> None:
 
 @pytest.mark.parametrize("preset", ["table3-gan-only", "table3-ttur"])
 def test_a_row_has_only_its_losses(folders: dict[str, Path], preset: str) -> None:
-    run = imagenet_edm.Distillation(settings(folders, "--preset", preset))
+    run = imagenet_edm.ImageNetDistillation(settings(folders, "--preset", preset))
     names = {name.partition("/")[0] for name in run.iterate(0, Monitor())}
     gan = preset == "table3-gan-only"
     others = {"gan", "discriminator"} if gan else {"dm"}
@@ -552,7 +555,7 @@ def test_a_row_has_only_its_losses(folders: dict[str, Path], preset: str) -> Non
 
 def golden_curve(folders: dict[str, Path]) -> dict[str, list[float]]:
     """Ten iterations with a rate at which the networks part visibly."""
-    run = imagenet_edm.Distillation(
+    run = imagenet_edm.ImageNetDistillation(
         settings(folders, "--learning-rate", "1e-4", "--critic-steps", "3")
     )
     keys = ("dm/loss", "gan/loss", "critic/loss", "discriminator/loss")

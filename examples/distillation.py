@@ -1,0 +1,439 @@
+"""One iteration of DMD2 and the loop around it, as the recipes share them.
+
+A recipe has networks, a method (its losses as functions of tensors) and data; here is
+what happens with them: turns, accumulation, updates, log, pictures, checkpoints.
+"""
+
+import json
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+import tyro
+from runs import (
+    Best,
+    Durations,
+    Log,
+    RunFolder,
+    Trained,
+    check_evaluation,
+    checkpoint_parts,
+    device_of,
+    grid_of,
+    peak_memory_gib,
+    require_wandb,
+    run_evaluation,
+    save_png,
+    to_floats,
+    to_pixels,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from dmdkit import (
+    GeneratorState,
+    Monitor,
+    NonFiniteError,
+    TTURScheduler,
+)
+from dmdkit.data import BadImageError, BatchStream
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run is, and how it is watched: nothing that changes its result."""
+
+    out: Path
+    """Folder of everything that is written."""
+    resume: bool = False
+    """Continue from the newest checkpoint in OUT."""
+    device: str = "auto"
+    """cuda, cuda:1, cpu; auto takes a GPU if there is one."""
+    threads: int = 0
+    """Of the CPU; 0 leaves PyTorch's choice."""
+    workers: int = min(4, os.cpu_count() or 1)
+    """Processes that read data."""
+    log_every: int = 100
+    """Iterations between lines of the log."""
+    sample_every: int = 500
+    """Iterations between pictures of samples."""
+    checkpoint_every: int = 500
+    """Iterations between checkpoints [scripts]; one is written at the end too."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    evaluate: str | None = None
+    """Command that measures a student, such as "python fid.py {student}"; the last line
+    it prints is a JSON object of numbers, which go to the log."""
+    evaluate_every: int = 1
+    """Run it on every n-th checkpoint [scripts: every one]."""
+    best: str = "fid"
+    """Number of the evaluation that is smallest for the best checkpoint: OUT/best."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well."""
+
+    def check(self) -> None:
+        """Refuses what cannot run."""
+        every = ("log_every", "sample_every", "checkpoint_every", "evaluate_every")
+        require_at_least(self, 1, *every, "keep")
+        require_at_least(self, 0, "workers", "threads")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SystemExit(
+                "WORLD_SIZE: this recipe runs in one process; leave out torchrun."
+            )
+        if self.out.exists() and not self.out.is_dir():
+            raise SystemExit(f"--out: {self.out} is a file; name a folder.")
+        require_wandb(self.wandb)
+        if self.evaluate is not None:
+            check_evaluation(self.evaluate)
+
+
+Run = Annotated[RunSettings, tyro.conf.arg(name="")]
+"""The settings of a run within those of a recipe, as plain options."""
+
+
+class RecipeSettings(Protocol):
+    """What the loop asks of a recipe's settings."""
+
+    @property
+    def preset(self) -> str: ...
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def critic_steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_gradient_norm(self) -> float: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def run(self) -> RunSettings: ...
+
+
+def refusal(name: str, got: object, remedy: str) -> SystemExit:
+    """An error about an option, in one line."""
+    return SystemExit(f"--{name.replace('_', '-')}: {got}; {remedy}.")
+
+
+def require_at_least(settings: object, least: int, *names: str) -> None:
+    """Refuses settings that are smaller."""
+    for name in names:
+        if getattr(settings, name) < least:
+            raise refusal(name, getattr(settings, name), f"expected >= {least}")
+
+
+def micro_batches(settings: RecipeSettings, ranks: int) -> tuple[int, int]:
+    """How many micro-batches a process takes, and their size."""
+    if settings.batch_size % ranks:
+        raise SystemExit(
+            f"--batch-size {settings.batch_size}: {ranks} processes must divide it."
+        )
+    own = settings.batch_size // ranks
+    parts = -(-own // settings.micro_batch_size)
+    while own % parts:
+        parts += 1
+    size = own // parts
+    if 2 * size <= settings.micro_batch_size and parts > 1:
+        raise SystemExit(
+            f"--micro-batch-size {settings.micro_batch_size}: the next size that "
+            f"divides {own} is {size}; choose sizes that go together, as 40 and 280 do."
+        )
+    return parts, size
+
+
+def identity(settings: Any) -> dict[str, Any]:
+    """What makes a run the one it is: all but where it is and how it is watched."""
+    return {
+        name: _as_text(value)
+        for name, value in asdict(settings).items()
+        if name not in ("run", "iterations")
+    }
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.resolve())
+    if isinstance(value, tuple):
+        return [_as_text(item) for item in value]
+    return value
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Network calls in bf16, if that is the precision.
+
+    Without autocast's cache, so that no cast made under `no_grad` can serve a later
+    call that needs its graph.
+    """
+    enabled = precision == "bf16"
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+    )
+
+
+class Distillation(ABC):
+    """Networks, losses, optimizers and data of a run, and its iteration.
+
+    `rank` of `ranks` processes has its own noise, conditions and share of the batch;
+    the rung is the same on all. A recipe adds networks, method and trained modules to
+    it, and says how data are drawn, shown and exported.
+    """
+
+    networks: Any
+    method: Any
+    """The recipe's losses as functions of tensors, without loaders and host reads:
+    `simulator`, `generate`, `student_backward`, `critic_backward`."""
+    trained: dict[str, Trained]
+
+    def __init__(self, settings: RecipeSettings, rank: int, ranks: int) -> None:
+        self.settings, self.run_settings = settings, settings.run
+        self.rank, self.ranks = rank, ranks
+        self.device = device_of(settings.run.device)
+        self.ttur = TTURScheduler(settings.critic_steps)
+        self.generator = torch.Generator(self.device).manual_seed(settings.seed + rank)
+        self.rung_generator = torch.Generator().manual_seed(settings.seed)
+        self.parts, self.size = micro_batches(settings, ranks)
+        self.streams: dict[str, BatchStream] = {}
+
+    @abstractmethod
+    def draw(self) -> Any:
+        """Draws a micro-batch."""
+
+    @abstractmethod
+    def samples(self) -> Tensor | None:
+        """Images in [-1, 1] of always the same noise and conditions, if there are."""
+
+    @abstractmethod
+    def export(self, folder: Path, step: int) -> None:
+        """Writes the student for others to sample from."""
+
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """The parameters of the networks, for the summary."""
+
+    @abstractmethod
+    def how_to_draw(self) -> str:
+        """The command that draws from the exported student."""
+
+    def train_with(self, denoiser: Any, warmup: int) -> Trained:
+        """An optimizer for student or critic: both have the same settings."""
+        return Trained(
+            denoiser,
+            learning_rate=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            warmup=warmup,
+            max_gradient_norm=self.settings.max_gradient_norm,
+        )
+
+    def stream(self, name: str, dataset: Any, seed: int = 0) -> BatchStream:
+        """Endless shuffled batches, of which every process has its own part."""
+        self.streams[name] = BatchStream(
+            dataset,
+            self.size,
+            seed=self.settings.seed + seed,
+            rank=self.rank,
+            ranks=self.ranks,
+            workers=self.run_settings.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        return self.streams[name]
+
+    def iterate(self, step: int, monitor: Monitor) -> dict[str, Tensor]:
+        """One iteration: on the student's turn both learn, else the critic alone.
+
+        The metrics are those of the last micro-batch.
+
+        The critic sees the samples that the student made before its own update, as in
+        official DMD2. All micro-batches share a rung; only if there is one does the
+        student step before the critic's backward, so that its gradient is freed.
+        """
+        turn = self.ttur.generator_turn(step)
+        rung = self.method.simulator.draw_rung(self.rung_generator)
+        share, metrics = 1 / self.parts, {}
+        for _ in range(self.parts):
+            batch = self.draw()
+            about = (self.networks, batch)
+            x = self.method.generate(*about, rung, self.generator, train=turn)
+            if turn:
+                losses = self.method.student_backward(*about, x, self.generator, share)
+                metrics |= self.require_finite(monitor, losses)
+                if self.parts == 1:
+                    metrics |= self.update("student")
+            if "critic" in self.trained:
+                losses = self.method.critic_backward(*about, x, self.generator, share)
+                metrics |= self.require_finite(monitor, losses)
+        if turn and self.parts > 1:
+            metrics |= self.update("student")
+        if "critic" in self.trained:
+            metrics |= self.update("critic")
+        return metrics
+
+    def require_finite(
+        self, monitor: Monitor, losses: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Stops the run before a step if a loss is not finite; else gives metrics."""
+        monitor.require_finite(**losses)
+        metrics = {f"{name}/loss": out.loss.detach() for name, out in losses.items()}
+        for name, output in losses.items():
+            metrics |= {f"{name}/{key}": v for key, v in output.metrics.items()}
+        return metrics
+
+    def update(self, name: str) -> dict[str, Tensor]:
+        """Clips the gradient and, if it is finite, takes a step."""
+        trained = self.trained[name]
+        norm = trained.gradient_norm(name)
+        trained.step()
+        return {f"{name}/gradient_norm": norm}
+
+    def averaged(self) -> Any:
+        """Puts the average of the student's weights in place, if there is one."""
+        student = self.trained["student"]
+        if student.ema is None:
+            return nullcontext()
+        return student.ema.applied_to(student.denoiser.network)
+
+    def parts_of_checkpoint(self, **states: Any) -> dict[str, Any]:
+        """Everything that a run is."""
+        own = {
+            "generator": GeneratorState(self.generator),
+            "rung_generator": GeneratorState(self.rung_generator),
+        }
+        return checkpoint_parts(self.trained, {**own, **self.streams, **states})
+
+
+WATCHED = ("dm/gap", "discriminator/accuracy", "critic/error")
+"""What the progress bar shows and the monitor judges."""
+SHOWN = (*WATCHED, "regression/loss")
+
+
+def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
+    """The loop: iterations, log, pictures, checkpoints, evaluation."""
+    settings, out, monitor = run.settings, run.run_settings.out, Monitor()
+    watch = run.run_settings
+    best = Best(watch.best, out / "best" if watch.resume else None)
+    parts = run.parts_of_checkpoint(monitor=monitor)
+    start = folder.start(watch.resume, parts)
+    if start > settings.iterations:
+        raise SystemExit(
+            f"--iterations {settings.iterations}: the run has made {start} already."
+        )
+    log = Log(out, start, watch.wandb, folder.identity)
+    durations = Durations()
+    steps = range(start, settings.iterations)
+    bar = tqdm(
+        steps, desc=settings.preset, initial=start, total=settings.iterations, unit="it"
+    )
+    metrics: dict[str, Tensor] = {}
+
+    def show(done: int) -> None:
+        images = run.samples()
+        if images is None:
+            return
+        watched = {k.rpartition("/")[2]: metrics[k] for k in WATCHED if k in metrics}
+        for text in monitor.observe(done, images, watched):
+            bar.write(text)
+        grid = grid_of(to_pixels(images), columns=8)
+        save_png(grid, out / "samples" / f"{done:08d}.png")
+        log.picture(done, "samples", grid)
+
+    def save(done: int) -> None:
+        path = folder.save(done, parts, watch.keep)
+        number = done // watch.checkpoint_every
+        last = done == settings.iterations
+        if watch.evaluate and (last or number % watch.evaluate_every == 0):
+            student = out / "evaluated"
+            run.export(student, done)
+            found = run_evaluation(watch.evaluate, student, done)
+            log.scalars(done, {f"evaluation/{k}": v for k, v in found.items()})
+            if best.improved(found):
+                folder.keep_best(path, {"step": done, **found})
+
+    for step in bar:
+        began, turn = time.perf_counter(), run.ttur.generator_turn(step)
+        metrics |= run.iterate(step, monitor)
+        durations.add(
+            "generator_turn" if turn else "critic_turn", time.perf_counter() - began
+        )
+        done = step + 1
+        last = done == settings.iterations
+        if last or done % watch.log_every == 0:
+            values = to_floats(metrics)
+            learner = run.trained.get("critic", run.trained["student"])
+            rate = float(learner.schedule.get_last_lr()[0])
+            log.scalars(done, {**values, "learning_rate": rate, **durations.medians()})
+            bar.set_postfix(
+                {k: f"{values[k]:.3g}" for k in SHOWN if k in values}, refresh=False
+            )
+        if last or done % watch.sample_every == 0:
+            show(done)
+        if last or done % watch.checkpoint_every == 0:
+            save(done)
+        if done % watch.log_every == 0:
+            metrics.clear()  # a line has nothing older than the line before
+    log.close()
+    return durations.medians()
+
+
+def distil(settings: Any, build: Callable[[Any], Distillation]) -> None:
+    """Distils, and writes everything to OUT."""
+    settings.check()
+    out = settings.run.out
+    if settings.run.threads:
+        torch.set_num_threads(settings.run.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 [scripts]
+    try:
+        run = build(settings)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    folder = RunFolder(out, identity(settings))
+    try:
+        seconds = train(run, folder)
+    except (BadImageError, NonFiniteError) as error:
+        raise SystemExit(str(error)) from error
+    run.export(out / "student", settings.iterations)
+    file = out / "summary.json"
+    if not seconds and file.is_file():
+        print(f"The run had its {settings.iterations} iterations already.")
+        return
+    summary = {
+        "preset": settings.preset,
+        "iterations": settings.iterations,
+        "student_updates": run.ttur.counts(settings.iterations).generator_updates,
+        "batch_size": settings.batch_size,
+        "micro_batches": run.parts,
+        **run.counts(),
+        "device": str(run.device),
+        "threads": torch.get_num_threads(),
+        "precision": settings.precision,
+        "seconds_per_iteration": seconds,
+        "peak_memory_gib": peak_memory_gib(run.device),
+    }
+    file.write_text(json.dumps(summary, indent=2) + "\n")
+    for name, value in summary.items():
+        print(f"{name:<24}{value}")
+    print(f"The student is in {out}/student; draw from it with")
+    print(f"  {run.how_to_draw()}")
+
+
+def until_interrupted(start: Callable[[], None]) -> None:
+    """Runs a recipe; Ctrl-C ends it with one line."""
+    try:
+        start()
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "Interrupted. The same command with --resume continues from the newest "
+            "checkpoint, if one has been written."
+        ) from None
