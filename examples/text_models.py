@@ -1,9 +1,10 @@
-"""What the text-to-image examples share: pipelines by name, and their pictures."""
+"""What the text-to-image examples share: pipelines, latents, networks at full size."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
     StableDiffusionPipeline,
 )
@@ -12,7 +13,37 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 )
 from torch import Tensor
 
+from dmdkit.adapters.conditions import (
+    TextCondition,
+    TextPooledCondition,
+    sdxl_time_ids,
+)
 from dmdkit.adapters.pipelines import TextPipeline
+
+TOKENS = 77
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+"""The UNet of SD1.5: 859,520,964 parameters."""
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+    "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The UNet of SDXL: 2,567,463,684 parameters."""
 
 
 def open_pipeline(
@@ -63,3 +94,59 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     z = latents.to(weight) / vae.config["scaling_factor"]
     z = z + (vae.config.get("shift_factor") or 0.0)
     return torch.cat([vae.decode(z[i : i + 1]).sample.float() for i in range(len(z))])
+
+
+class LatentSpace(NamedTuple):
+    """What the UNet works on."""
+
+    channels: int
+    side: int
+    resolution: int
+    """Height and width of the images, in pixels."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """One latent."""
+        return self.channels, self.side, self.side
+
+
+def latent_space(
+    config: Any, pipeline: TextPipeline | None, resolution: int | None
+) -> LatentSpace:
+    """The latents of a UNet at a resolution; without a pipeline an eighth of it."""
+    factor: int = 8 if pipeline is None else pipeline.vae_scale_factor
+    if resolution is None:
+        resolution = int(config["sample_size"]) * factor
+    least = factor << len(config["block_out_channels"]) - 1
+    if resolution < least or resolution % least:
+        raise SystemExit(f"--resolution {resolution}: expected a multiple of {least}.")
+    return LatentSpace(config["in_channels"], resolution // factor, resolution)
+
+
+def random_unet(config: dict[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet of random weights, made in the dtype it is to have."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return UNet2DConditionModel(**config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_condition(
+    config: Any, count: int, resolution: int, generator: torch.Generator | None = None
+) -> TextCondition | TextPooledCondition:
+    """What text encoders could have given a UNet of this kind."""
+    device = None if generator is None else generator.device
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator, device=device)
+
+    text = normal(TOKENS, config["cross_attention_dim"])
+    if config["addition_embed_type"] is None:
+        return TextCondition(text)
+    ids = 6 * config["addition_time_embed_dim"]
+    pooled = normal(config["projection_class_embeddings_input_dim"] - ids)
+    return TextPooledCondition(
+        text, pooled, sdxl_time_ids(count, resolution, text.device)
+    )

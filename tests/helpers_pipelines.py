@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
     StableDiffusionPipeline,
@@ -24,12 +25,14 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from dmdkit.data import LatentKind, ShardWriter, weights_digest
+
 TOKENS = 77
 SMALL_UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": (16, 32),
+    "block_out_channels": (16, 64),
     "layers_per_block": 1,
     "norm_num_groups": 8,
 }
@@ -110,6 +113,43 @@ def save_sdxl(folder: Path, *, seed: int = 0) -> Path:
     pipeline = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     pipeline.save_pretrained(folder)
     return folder
+
+
+def save_tiny_vae(folder: Path, *, seed: int = 0) -> Path:
+    """Saves a VAE of TAESDXL's kind."""
+    torch.manual_seed(seed)
+    channels = (4, 4, 4, 4)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def save_latents(
+    folder: Path, pipeline: Path, *, count: int = 12, resolution: int = 64
+) -> Path:
+    """Saves random latents with captions, as of the VAE of a pipeline's folder."""
+    vae: Any = AutoencoderKL.from_pretrained(pipeline / "vae", local_files_only=True)
+    kind = LatentKind(weights_digest(vae), vae.config["scaling_factor"], resolution)
+    writer = ShardWriter(folder, about=kind.about())
+    side = resolution // 8
+    generator = torch.Generator().manual_seed(0)
+    writer.add(
+        latents=torch.randn(count, 4, side, side, generator=generator).half(),
+        captions=[f"caption {i}" for i in range(count)],
+    )
+    writer.close()
+    return folder
+
+
+def save_prompts(file: Path, *, count: int = 6) -> Path:
+    """Writes a file of prompts."""
+    file.write_text("".join(f"prompt number {i}\n" for i in range(count)))
+    return file
 
 
 def tokenizer(pad_token: str) -> CLIPTokenizer:

@@ -223,7 +223,7 @@ def test_the_converter_says_what_is_wrong_in_one_line(
         ("n.pth", None, "there is no file"),
         ("n.safetensors", None, "there is no file"),
         ("n.pth", b"", "cannot be read"),
-        ("n.pth", b"damaged", "cannot be read"),
+        ("n.pth", b"damaged", "is damaged or holds more than tensors"),
         ("n.bin", b"PK\x03\x04damaged", "cannot be read"),
         ("n.safetensors", b"damaged", "cannot be read"),
         ("n.safetensors", b"\xff" * 8, "cannot be read"),

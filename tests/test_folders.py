@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
+from helpers_diffusers import text_inputs, text_unet
 
 from dmdkit import (
     DiffusionGANHead,
@@ -83,6 +84,30 @@ def test_the_folder_is_an_ordinary_one_of_diffusers(tmp_path: Path) -> None:
     for name, value in network.unet.state_dict().items():
         assert torch.equal(unet.state_dict()[name], value)
     assert read_sidecar(tmp_path / "d").times is None
+
+
+def test_a_unet_with_text_comes_back_as_one(tmp_path: Path) -> None:
+    """The class is that of `config.json`; without it the weights would not fit."""
+    estimator = ScoreEstimator(
+        UNetNetwork(text_unet("as SD1.5")),
+        DiscreteVariancePreserving.scaled_linear(),
+        VPrediction(),
+    )
+    save_denoiser(tmp_path / "d", estimator, times=(999.0,))
+    loaded = load_denoiser(tmp_path / "d")
+    x, t, cond = text_inputs("as SD1.5")
+    assert torch.equal(loaded(x, t, cond), estimator(x, t, cond))
+
+
+@pytest.mark.parametrize("config", ['{"_class_name": "FluxTransformer2DModel"}', "{}"])
+def test_another_model_is_refused(tmp_path: Path, config: str) -> None:
+    save_denoiser(tmp_path / "d", denoiser())
+    (tmp_path / "d" / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="expected a _class_name of UNet2DModel or"):
+        load_denoiser(tmp_path / "d")
+    (tmp_path / "d" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no config\.json"):
+        load_denoiser(tmp_path / "d")
 
 
 def test_only_a_denoiser_is_replaced(tmp_path: Path) -> None:

@@ -5,14 +5,9 @@ Nothing in a file is executed. The weights that NVIDIA released are under CC BY-
 """
 
 import hashlib
-import pickle
 from pathlib import Path
-from typing import Any
 
-import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dmdkit.adapters.diffusers import FeaturePlace, UNetNetwork
@@ -22,6 +17,7 @@ from dmdkit.adapters.edm_pickle import read_edm_pickle as read_edm_pickle
 from dmdkit.adapters.edm_unet import PREFIX, adm_config, without_prefix
 from dmdkit.adapters.edm_unet import edm_to_unet as edm_to_unet
 from dmdkit.adapters.edm_unet import edm_unet_config as edm_unet_config
+from dmdkit.adapters.weight_files import read_state_dict
 from dmdkit.diffusion import KarrasPreconditioning, ScoreEstimator, VarianceExploding
 
 _STATE_DICTS = (".pth", ".pt", ".bin")
@@ -70,7 +66,7 @@ def read_edm(path: str | Path, *, sha256: str | None = None) -> EDMCheckpoint:
                 f"path: {path} says {checkpoint.settings}, its weights {derived}."
             )
         return checkpoint
-    state = _read_state_dict(path)
+    state = read_state_dict(path, "path")
     try:
         settings = _settings(state)
     except ValueError as error:
@@ -153,26 +149,3 @@ def _settings(state: dict[str, Tensor], sigma_data: float = 0.5) -> EDMSettings:
         classes=config["num_class_embeds"] or 0,
         sigma_data=sigma_data,
     )
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(f"path: there is no file {path}.")
-    try:
-        state: Any = (
-            load_file(path)
-            if path.suffix.lower() == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (
-        *(SafetensorError, pickle.UnpicklingError, ArithmeticError, AttributeError),
-        *(EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),
-    ) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"path: {path} cannot be read: {line}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor)
-        for name, tensor in state.items()
-    ):
-        raise ValueError(f"path: {path} is no state dict, tensors by name.")
-    return state

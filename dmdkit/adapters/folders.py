@@ -1,7 +1,8 @@
 """Denoisers as folders: a diffusers UNet, and beside it what sampling needs.
 
-The UNet is an ordinary diffusers folder, `UNet2DModel.from_pretrained(folder)`. The
-file `dmdkit.json` beside it names the process, the parameterization and, for a student,
+The UNet is an ordinary diffusers folder, `UNet2DModel.from_pretrained(folder)` or, for
+a UNet with text, `UNet2DConditionModel.from_pretrained(folder)`. The file
+`dmdkit.json` beside it names the process, the parameterization and, for a student,
 the times at which it is called. Nothing in a folder is executed when it is read.
 """
 
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
-from torch import nn
 
 import dmdkit.diffusion as diffusion
 from dmdkit._checked import describe
@@ -22,6 +22,8 @@ from dmdkit.adapters.diffusers import FeaturePlace, UNetNetwork
 from dmdkit.diffusion import NoiseProcess, Parameterization, ScoreEstimator
 
 SIDECAR = "dmdkit.json"
+KOHYA_NAME = "kohya.safetensors"
+"""The file of an adapter in kohya's layout."""
 _PROCESSES = {
     kind.__name__: kind
     for kind in (
@@ -144,6 +146,7 @@ def require_replaceable(folder: str | Path) -> None:
 def _names_written(folder: Path) -> set[str]:
     """What a denoiser or a pipeline consists of, by name, in a folder."""
     names = {SIDECAR, "README.md", "config.json", "model_index.json"}
+    names |= {KOHYA_NAME, "pytorch_lora_weights.safetensors"}
     names |= {path.name for path in folder.glob("diffusion_pytorch_model*")}
     index = folder / "model_index.json"
     return names | set(json.loads(index.read_text()) if index.is_file() else ())
@@ -196,10 +199,9 @@ def load_denoiser(
         ValueError: If something is missing or not understood.
     """
     sidecar = read_sidecar(folder)
+    kind = _unet_kind(Path(folder))
     try:
-        unet: nn.Module = diffusers.UNet2DModel.from_pretrained(
-            folder, local_files_only=True
-        )
+        unet: Any = kind.from_pretrained(folder, local_files_only=True)
     except OSError as error:
         message = str(error).splitlines()[0]
         raise ValueError(f"folder: {folder} holds no UNet: {message}") from error
@@ -208,6 +210,25 @@ def load_denoiser(
         sidecar.process,
         sidecar.parameterization,
     ).eval()
+
+
+def _unet_kind(folder: Path) -> type[Any]:
+    """The class that a folder's `config.json` names."""
+    kinds = {
+        kind.__name__: kind
+        for kind in (diffusers.UNet2DModel, diffusers.UNet2DConditionModel)
+    }
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"folder: {folder} holds no UNet: there is no config.json.")
+    try:
+        name = json.loads(config.read_text())["_class_name"]
+        return kinds[name]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"folder: {config} is not that of a UNet ({error!r}); expected a "
+            f"_class_name of {' or '.join(kinds)}."
+        ) from error
 
 
 def _value(value: Any) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from dmdkit.adapters.conditions import (
     sdxl_time_ids,
     zero_text,
 )
-from dmdkit.adapters.folders import replacing, write_sidecar
+from dmdkit.adapters.folders import KOHYA_NAME, replacing, write_sidecar
+from dmdkit.adapters.lora_files import save_lora
+from dmdkit.adapters.model_cards import lora_card, pipeline_card
 from dmdkit.adapters.schedulers import (
     parameterization_from_scheduler,
     process_from_scheduler,
@@ -212,42 +214,52 @@ def save_pipeline(
             pipeline.register_modules(unet=before[0], scheduler=before[1])
         write_sidecar(partial, student, times, told)
         (partial / "README.md").write_text(
-            _card(type(pipeline).__name__, times, has_own_times(scheduler, times), told)
+            pipeline_card(
+                type(pipeline).__name__, times, has_own_times(scheduler, times), told
+            )
         )
 
 
-def _card(
-    pipeline: str, times: tuple[float | int, ...], own_times: bool, told: dict[str, Any]
-) -> str:
-    steps = [int(t) for t in times]
-    call = f"num_inference_steps={len(steps)}" if own_times else f"timesteps={steps}"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in told.items())
-    return f"""---
-library_name: diffusers
-license: other
-license_name: {told["licence"]}
-base_model: {told["teacher"]}
-tags: [dmdkit, DMD2, text-to-image]
----
+def save_lora_student(
+    folder: str | Path,
+    student: ScoreEstimator,
+    *,
+    times: tuple[float | int, ...],
+    teacher: str,
+    licence: str,
+    about: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes an adapter as a folder: both layouts of `save_lora`, card, `dmdkit.json`.
 
-# A {len(steps)}-step student of {told["teacher"]}
+    `pipe.load_lora_weights(folder)` of diffusers takes it as it is; the file
+    `kohya.safetensors` is what ComfyUI and A1111 load. The folder is written whole or
+    not at all.
 
-Distilled with dmdkit by Improved Distribution Matching Distillation (DMD2,
-arXiv:2405.14867). It is called at the times {steps}, without guidance:
+    Args:
+        folder: Where it goes. A student written there before is replaced.
+        student: The student, its network a `LoRANetwork` on a `UNetNetwork`.
+        times: The student's times in falling order.
+        teacher: What the adapter belongs to, for the card.
+        licence: The teacher's licence, whose terms the adapter inherits.
+        about: What else is to be known, as JSON can hold it.
+        dtype: The numbers in the files.
 
-```python
-from diffusers import {pipeline}
-
-pipe = {pipeline}.from_pretrained("this/folder")
-image = pipe("a photo of a cat", {call}, guidance_scale=0).images[0]
-```
-
-| | |
-|---|---|
-{rows}
-
-The weights inherit the terms of the teacher's: {told["licence"]}.
-"""
+    Raises:
+        TypeError: If the student's network is no `LoRANetwork`.
+        ValueError: If the folder holds something else.
+        OSError: If it cannot be written.
+    """
+    network: Any = student.network
+    told = {"teacher": teacher, "licence": licence, **(about or {})}
+    with replacing(folder) as partial:
+        save_lora(network, partial, dtype=dtype)
+        save_lora(network, partial / KOHYA_NAME, layout="kohya", dtype=dtype)
+        told |= {"lora_rank": network.rank, "lora_alpha": network.alpha}
+        write_sidecar(partial, student, times, told)
+        scheduler = LCMScheduler(original_inference_steps=len(times))
+        own_times = has_own_times(scheduler, times)
+        (partial / "README.md").write_text(lora_card(times, own_times, told))
 
 
 def _device(pipeline: TextPipeline) -> torch.device:

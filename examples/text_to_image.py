@@ -1,0 +1,766 @@
+"""The text-to-image recipes: what SD1.5 and SDXL share (DMD2, sections F.3 and F.4).
+
+`sd15.py` and `sdxl.py` give the presets; here are networks, losses and data. Teacher,
+student and critic are three UNets, or one UNet and adapters on it (`--lora`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from distillation import (
+    Distillation,
+    Run,
+    RunSettings,
+    autocast,
+    refusal,
+    require_at_least,
+)
+from runs import device_of, option
+from text_models import (
+    LatentSpace,
+    decode,
+    latent_space,
+    open_pipeline,
+    random_condition,
+    random_unet,
+)
+from torch import Tensor, nn
+
+from dmdkit import (
+    BackwardSimulator,
+    ClassifierFreeGuidance,
+    DenoisingLoss,
+    DiffusionGANHead,
+    DiffusionGANLoss,
+    DiscreteUniformTime,
+    DistributionMatchingLoss,
+    LPIPSDistance,
+    NetworkWithHead,
+    NoisedData,
+    RegressionLoss,
+    RegressionOutput,
+    ScoreEstimator,
+    frozen,
+    load_modules,
+    saved_parameters,
+    snr_weight,
+    trainable_copy,
+)
+from dmdkit.adapters.conditions import EmptyPrompt, zero_text
+from dmdkit.adapters.diffusers import UNetNetwork
+from dmdkit.adapters.lora import LoRANetwork
+from dmdkit.adapters.lora_files import load_lora
+from dmdkit.adapters.official import load_unet_weights
+from dmdkit.adapters.pipelines import (
+    TextPipeline,
+    encode_prompts,
+    save_lora_student,
+    save_pipeline,
+    teacher_from_pipeline,
+    unconditional_of,
+)
+from dmdkit.data import (
+    LatentSample,
+    ShardedTensors,
+    open_latents,
+    read_prompts,
+    weights_digest,
+)
+from dmdkit.diffusion import DiscreteVariancePreserving, EpsilonPrediction
+from dmdkit.sampling import InputPolicy
+from dmdkit.types import Condition, Denoiser
+
+PICTURES = 16
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Distils a text-to-image teacher with DMD2. Sources of values are in brackets."""
+
+    preset: str
+    """Which training the other settings start from."""
+
+    pretrained: str
+    """The teacher: a pipeline of diffusers, a folder or a name on the hub."""
+    local_files_only: bool = False
+    """Never ask the hub."""
+    random_init: bool = False
+    """A UNet of the real size with random weights, and random prompts and latents
+    where none are given, to measure time and memory."""
+    resolution: int | None = None
+    """Height and width of the images; None is what the UNet was made for."""
+    prompts: Path | None = None
+    """What the student draws: .txt, .jsonl, .csv or .parquet [F.3, F.4: those of
+    LAION-Aesthetics 6.25+, 3 million of them in section 5.2]."""
+    prompt_column: str = "prompt"
+    """Of a table of prompts."""
+    min_aesthetic: float | None = None
+    """Least score in the table's column "aesthetic" [F: 6.25]; None: no such filter."""
+    released_prompts: bool = False
+    """Draw the captions of LATENTS instead of PROMPTS, as the released four-step SDXL
+    training did (against the paper)."""
+    latents: tuple[Path, ...] = ()
+    """Real images for the GAN: folders from examples/prepare_latents.py [F: 500K of
+    LAION-Aesthetics 5.5+]."""
+    pairs: Path | None = None
+    """Noise-image pairs for the regression, from examples/prepare_pairs.py [F.4:
+    10K]."""
+    tiny_vae: str = ""
+    """Decoder of the regression's LPIPS: a folder or a name on the hub, of an
+    AutoencoderTiny [scripts: TAESDXL]."""
+    lpips_weights: Path | None = None
+    """torchvision's vgg16 weights for LPIPS; None lets torchvision load them."""
+    start_from: Path | None = None
+    """Where student and critic start, with new optimizers: a checkpoint of another
+    run (OUT/best, OUT/checkpoints/...), or a file of student weights, such as an
+    official release (.bin, .safetensors)."""
+
+    iterations: int = 20_000
+    """Critic updates."""
+    batch_size: int = 128
+    """Samples of an update, over all processes."""
+    micro_batch_size: int = 2
+    """Most samples in memory at once; gradients of the parts are accumulated."""
+    learning_rate: float = 5e-7
+    """Of student and critic alike."""
+    weight_decay: float = 0.01
+    """[F.3, F.4]."""
+    student_warmup: int = 1
+    """Student updates until the full rate [scripts: 500 scheduler steps, but these
+    advance once a process and iteration, 64 of them: none is left]."""
+    critic_warmup: int = 7
+    """Critic updates until the full rate [scripts: 500 / 64 processes]."""
+    max_gradient_norm: float = 10.0
+    """Clipping, student and critic with its head each as one [scripts]."""
+    critic_steps: int = 5
+    """Critic updates to one student update."""
+
+    guidance_scale: float = 8.0
+    """Of the teacher, in the convention in which 1 is none; the critic has none."""
+    distribution_matching: bool = True
+    """Whether the student has the distribution matching loss [Eq. 2]."""
+    gan: bool = True
+    """Whether there is a GAN loss on real latents [section 4.3]."""
+    gan_weight: float = 5e-3
+    """Weight of the student's GAN loss."""
+    discriminator_weight: float = 1e-2
+    """Weight of the discriminator's loss beside the critic's [scripts]."""
+    regression: bool = False
+    """Pre-training: the student learns from pairs alone, there is no critic [F.4]."""
+    times: tuple[float, ...] = (999.0,)
+    """Timesteps at which the student is called, in falling order."""
+    simulation: Literal["backward", "data"] = "backward"
+    """What the student is trained on at later times: its own samples [section 4.5], or
+    noised latents [Table 4, "without backward simulation"]."""
+
+    lora: Literal["none", "student", "both"] = "none"
+    """What is an adapter on the teacher's UNet: nothing; the student [scripts]; student
+    and critic, so that one UNet is in memory [ours]."""
+    lora_rank: int = 64
+    """[scripts]."""
+    lora_alpha: float = 8.0
+    """[scripts]."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in backwards: less memory, a third more time."""
+    ema: float | None = None
+    """Rate of an average of the student's weights, which is then what is exported; none
+    [scripts]."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of network calls and of the teacher's weights; what is trained, losses and
+    optimizers are fp32 [scripts: bf16]."""
+    seed: int = 10
+    """[scripts]."""
+    licence: str = ""
+    """Of the teacher; the student inherits it, and its model card says so."""
+    run: Run = field(default_factory=lambda: RunSettings(Path("runs/text")))
+
+    def check(self) -> None:
+        """Refuses what cannot run."""
+        counts = ("iterations", "batch_size", "micro_batch_size", "critic_steps")
+        require_at_least(self, 1, *counts, "lora_rank")
+        require_at_least(self, 0, "student_warmup", "critic_warmup")
+        self.run.check()
+        if not (self.distribution_matching or self.gan or self.regression):
+            raise SystemExit(
+                "--gan, --distribution-matching, --regression: all are off, so the "
+                "student has no loss at all."
+            )
+        if self.regression and (self.distribution_matching or self.gan):
+            raise refusal(
+                "regression",
+                "it is pre-training, which has no other loss",
+                "add --no-gan --no-distribution-matching, then start from its student",
+            )
+        if not self.times:
+            raise SystemExit("--times: expected at least one timestep.")
+        if not self.random_init:
+            self.check_data()
+
+    def check_data(self) -> None:
+        """Refuses a training that lacks its data."""
+        needs = [
+            ("pairs", self.regression, "--regression learns from them"),
+            ("tiny_vae", self.regression, "--regression compares decoded images"),
+            ("latents", self.gan, "--gan needs them, or --no-gan"),
+            ("latents", self.simulation == "data", "--simulation data noises them"),
+            ("latents", self.released_prompts, "--released-prompts are their captions"),
+            ("prompts", self.draws_prompts(), "what the student is to draw"),
+        ]
+        for name, needed, why in needs:
+            if needed and not getattr(self, name):
+                raise refusal(name, "missing", why)
+        if self.prompts is not None and not self.draws_prompts():
+            raise refusal(
+                "prompts",
+                "they would not be used",
+                "leave them out, for captions or pairs are drawn instead",
+            )
+
+    def draws_prompts(self) -> bool:
+        """Whether prompts come from a file of prompts."""
+        captions = self.released_prompts or self.simulation == "data"
+        return not (self.regression or captions)
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether there is a critic: pre-training has none."""
+        return not self.regression
+
+
+class Networks(NamedTuple):
+    """Guided teacher (frozen), student, and critic, whose network carries the head."""
+
+    teacher: Denoiser
+    student: ScoreEstimator
+    critic: ScoreEstimator | None
+
+
+class Teacher(NamedTuple):
+    """The teacher's parts."""
+
+    denoiser: ScoreEstimator
+    unconditional: Callable[[Any], Any]
+    pipeline: TextPipeline | None
+    """None for random weights."""
+
+
+def open_teacher(settings: TextSettings, unet_config: dict[str, Any]) -> Teacher:
+    """Reads the teacher's pipeline, or makes a UNet of random weights."""
+    device = device_of(settings.run.device)
+    if not settings.random_init:
+        pipeline = open_pipeline(
+            settings.pretrained,
+            "pretrained",
+            local_files_only=settings.local_files_only,
+        )
+        with option("pretrained"):
+            denoiser = teacher_from_pipeline(pipeline)
+        pipeline.to(device)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        return Teacher(denoiser, unconditional_of(pipeline), pipeline)
+    # Adapters need no copy in fp32, so the weights can be drawn in the teacher's dtype.
+    low = settings.precision == "bf16" and settings.lora == "both"
+    unet: Any = random_unet(unet_config, torch.bfloat16 if low else torch.float32)
+    denoiser = ScoreEstimator(
+        UNetNetwork(unet.to(device)),
+        DiscreteVariancePreserving.scaled_linear(),
+        EpsilonPrediction(),
+    )
+    empty = random_condition(unet.config, 1, 512)
+    unconditional = zero_text
+    if not hasattr(empty, "pooled"):
+        unconditional = EmptyPrompt(empty.text.to(device))
+    return Teacher(denoiser, unconditional, None)
+
+
+def build_networks(
+    settings: TextSettings, teacher: Teacher, space: LatentSpace
+) -> Networks:
+    """Makes student and critic: copies of the teacher's UNet, or adapters on it."""
+    base = teacher.denoiser
+    unet: Any = network_of(base).unet
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    head = None
+    if settings.gan:
+        torch.manual_seed(settings.seed)  # alike on every process
+        head = DiffusionGANHead(*mid_block(unet, space)).to(unet.device)
+    student = critic = None
+    if settings.lora == "none":
+        student = trainable_copy(base)
+    if settings.has_critic and settings.lora != "both":
+        critic = trainable_copy(base, head=head)
+    base.requires_grad_(False).eval()
+    if settings.precision == "bf16":
+        base.network.to(torch.bfloat16)  # [scripts]
+
+    def adapted(seed: int, head: nn.Module | None = None) -> ScoreEstimator:
+        network: nn.Module = LoRANetwork(
+            base.network,
+            settings.lora_rank,
+            settings.lora_alpha,
+            generator=torch.Generator(unet.device).manual_seed(seed),
+        )
+        if head is not None:
+            network = NetworkWithHead(network, head)
+        return ScoreEstimator(network, base.process, base.parameterization)
+
+    if student is None:
+        student = adapted(settings.seed)
+    if critic is None and settings.has_critic:
+        critic = adapted(settings.seed + 1, head)
+    guided = ClassifierFreeGuidance(
+        base, teacher.unconditional, settings.guidance_scale
+    )
+    networks = Networks(guided, student, critic)
+    if settings.start_from is not None:
+        with option("start-from"):
+            start_from(settings.start_from, networks)
+    return networks
+
+
+def network_of(denoiser: ScoreEstimator) -> UNetNetwork:
+    """The network of a denoiser without head or adapter."""
+    network = denoiser.network
+    assert isinstance(network, UNetNetwork)
+    return network
+
+
+def mid_block(unet: Any, space: LatentSpace) -> tuple[int, int]:
+    """Channels and side of the middle block's output: 1280 and 8 (SD1.5) or 32."""
+    widths = unet.config["block_out_channels"]
+    return widths[-1], space.side >> len(widths) - 1
+
+
+def start_from(path: Path, networks: Networks) -> None:
+    """Takes the weights of an earlier run, or a file of the student's."""
+    student = networks.student.network
+    if path.is_file():
+        if isinstance(student, LoRANetwork):
+            load_lora(student, path)
+        else:
+            load_unet_weights(network_of(networks.student).unet, path)
+        return
+    modules: dict[str, nn.Module] = {"student": student}
+    names = saved_parameters(path, "critic")
+    if names and networks.critic is not None:
+        critic = networks.critic.network
+        had_head = any(name.startswith("head.") for name in names)
+        if isinstance(critic, NetworkWithHead) and not had_head:
+            critic = critic.network  # stage 1 has no GAN yet
+        modules["critic"] = critic
+    load_modules(path, **modules)
+
+
+class DecodedDistance(nn.Module):
+    """A distance of what a VAE's decoder makes of two latents."""
+
+    def __init__(self, vae: nn.Module, distance: nn.Module) -> None:
+        super().__init__()
+        self.vae, self.distance = vae.requires_grad_(False).eval(), distance
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """One distance a sample, [b]."""
+        vae: Any = self.vae
+        return self.distance(vae.decode(a).sample, vae.decode(b).sample)
+
+
+def open_tiny_vae(settings: TextSettings) -> nn.Module:
+    """The decoder of the regression."""
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    name = settings.tiny_vae
+    try:
+        vae: Any = AutoencoderTiny.from_pretrained(
+            name, local_files_only=settings.local_files_only or Path(name).is_dir()
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise refusal("tiny_vae", name, f"it cannot be read: {reason}") from error
+    return vae.float()
+
+
+class Batch(NamedTuple):
+    """The tensors of one micro-batch."""
+
+    noise: Tensor
+    """Of the student's samples, or the pairs', [b, c, h, w]."""
+    cond: Condition
+    """Their encoded prompts."""
+    data: Tensor | None = None
+    """Latents with those captions, to be noised in place of simulation."""
+    latents: Tensor | None = None
+    """Real latents for the GAN."""
+    latent_cond: Condition = None
+    """Their encoded captions."""
+    pair_latents: Tensor | None = None
+    """What the teacher made of `noise`."""
+
+
+class Method:
+    """The losses of a run, and one iteration as functions of tensors.
+
+    Each function reads nothing back from the device and knows no loader, so that it
+    can be run on tensors without data, to plan memory and time.
+    """
+
+    def __init__(self, settings: TextSettings) -> None:
+        self.settings = settings
+        self.simulator = BackwardSimulator(settings.times)
+        self.inputs: InputPolicy = self.simulator
+        if settings.simulation == "data":
+            self.inputs = NoisedData(settings.times)
+        # 20 ... 980, and 0 ... 999 for critic and GAN [scripts].
+        self.dm_loss = DistributionMatchingLoss(DiscreteUniformTime(20, 981))
+        self.critic_loss = DenoisingLoss(DiscreteUniformTime(), snr_weight)
+        self.gan_loss = DiffusionGANLoss(DiscreteUniformTime())
+        self.regression_loss = RegressionLoss()
+        if settings.regression:
+            lpips = LPIPSDistance("vgg", settings.lpips_weights)
+            distance = DecodedDistance(open_tiny_vae(settings), lpips)
+            self.regression_loss = RegressionLoss(
+                distance.to(device_of(settings.run.device))
+            )
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Network calls in the settings' precision."""
+        return autocast(self.settings.precision, device)
+
+    def generate(
+        self,
+        networks: Networks,
+        batch: Batch,
+        rung: int,
+        generator: torch.Generator,
+        *,
+        train: bool,
+    ) -> Tensor:
+        """The student's samples, with a graph if they are to train it."""
+        with self.autocast(batch.noise.device), torch.set_grad_enabled(train):
+            x_t, t, _ = self.inputs(
+                networks.student,
+                batch.noise,
+                batch.cond,
+                rung=rung,
+                generator=generator,
+                data=batch.data,
+            )
+            return networks.student(x_t, t, batch.cond)
+
+    def student_backward(
+        self,
+        networks: Networks,
+        batch: Batch,
+        x: Tensor,
+        generator: torch.Generator,
+        share: float = 1.0,
+    ) -> dict[str, Any]:
+        """Adds the gradient of the student's losses to it (Eqs. 2, 3 and 4)."""
+        settings, critic = self.settings, networks.critic
+        if settings.regression:
+            assert batch.pair_latents is not None
+            output: RegressionOutput = self.regression_loss(x, batch.pair_latents)
+            (output.loss * share).backward()
+            return {"regression": output}
+        assert critic is not None
+        losses: dict[str, Any] = {}
+        total = torch.zeros((), device=x.device)
+        with frozen(critic.network):
+            with self.autocast(x.device):
+                if settings.distribution_matching:
+                    losses["dm"] = self.dm_loss(
+                        x,
+                        batch.cond,
+                        real=networks.teacher,
+                        fake=critic,
+                        generator=generator,
+                    )
+                    total = total + losses["dm"].loss
+                if settings.gan:
+                    losses["gan"] = self.gan_loss.generator(
+                        x, batch.cond, discriminator=critic, generator=generator
+                    )
+                    total = total + settings.gan_weight * losses["gan"].loss
+            (total * share).backward()
+        return losses
+
+    def critic_backward(
+        self,
+        networks: Networks,
+        batch: Batch,
+        x: Tensor,
+        generator: torch.Generator,
+        share: float = 1.0,
+    ) -> dict[str, Any]:
+        """Adds the gradient of the critic's losses to it and its head."""
+        x, critic = x.detach(), networks.critic
+        assert critic is not None
+        with self.autocast(x.device):
+            losses: dict[str, Any] = {
+                "critic": self.critic_loss(
+                    x, batch.cond, denoiser=critic, generator=generator
+                )
+            }
+            total = losses["critic"].loss
+            if self.settings.gan:
+                assert batch.latents is not None
+                losses["discriminator"] = self.gan_loss.discriminator(
+                    x,
+                    batch.cond,
+                    batch.latents,
+                    batch.latent_cond,
+                    discriminator=critic,
+                    generator=generator,
+                )
+                weight = self.settings.discriminator_weight
+                total = total + weight * losses["discriminator"].loss
+        (total * share).backward()
+        return losses
+
+
+class TextDistillation(Distillation):
+    """A text-to-image recipe with its data."""
+
+    settings: TextSettings
+
+    def __init__(
+        self,
+        settings: TextSettings,
+        unet_config: dict[str, Any],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        super().__init__(settings, rank, ranks)
+        teacher = open_teacher(settings, unet_config)
+        self.pipeline = teacher.pipeline
+        self.base = network_of(teacher.denoiser)
+        self.config: Any = self.base.unet.config
+        self.space = latent_space(self.config, self.pipeline, settings.resolution)
+        self.open_data()
+        self.networks = build_networks(settings, teacher, self.space)
+        self.method = Method(settings)
+        self.trained = {
+            "student": self.train_with(self.networks.student, settings.student_warmup)
+        }
+        if self.networks.critic is not None:
+            self.trained["critic"] = self.train_with(
+                self.networks.critic, settings.critic_warmup
+            )
+        if settings.ema is not None:
+            self.trained["student"].average(settings.ema)
+
+    def open_data(self) -> None:
+        """Opens what the settings name, before anything large is made."""
+        settings = self.settings
+        if settings.random_init:
+            return
+        if settings.regression:
+            self.stream("pairs", self.noise_image_pairs())
+        if settings.draws_prompts():
+            assert settings.prompts is not None
+            with option("prompts"):
+                prompts = read_prompts(
+                    settings.prompts,
+                    column=settings.prompt_column,
+                    min_aesthetic=settings.min_aesthetic,
+                )
+            self.stream("prompts", prompts)
+        if settings.latents:
+            latents = self.real_latents()
+            if settings.gan:
+                self.stream("latents", latents, seed=1)
+            if not settings.draws_prompts():
+                self.stream("captions", latents)
+
+    def real_latents(self) -> Any:
+        """Latents of the teacher's VAE and of the resolution that is trained."""
+        assert self.pipeline is not None
+        vae: Any = self.pipeline.vae
+        with option("latents"):
+            latents = open_latents(
+                self.settings.latents,
+                vae=weights_digest(vae),
+                scaling_factor=vae.config["scaling_factor"],
+                resolution=self.space.resolution,
+            )
+        if latents.shape != self.space.shape:
+            raise SystemExit(
+                f"--latents: they are {list(latents.shape)}, the UNet takes "
+                f"{list(self.space.shape)}; prepare them with the teacher's VAE."
+            )
+        return latents
+
+    def noise_image_pairs(self) -> Any:
+        """The pairs of the regression."""
+        assert self.settings.pairs is not None
+        with option("pairs"):
+            pairs = ShardedTensors(self.settings.pairs)
+            found = pairs[0]
+            missing = {"noise", "latents", "prompts"} - found.keys()
+            if missing or tuple(found["latents"].shape) != self.space.shape:
+                raise ValueError(
+                    f"{self.settings.pairs} holds {pairs.kind}, expected noise and "
+                    f"latents of {list(self.space.shape)} and prompts; draw them with "
+                    "examples/prepare_pairs.py."
+                )
+        return pairs
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encodes prompts by the pipeline's text encoders."""
+        assert self.pipeline is not None
+        return encode_prompts(self.pipeline, prompts, self.space.resolution)
+
+    def draw(self) -> Batch:
+        """A micro-batch: noise and prompts, real latents and captions, or pairs."""
+        if self.settings.random_init:
+            return self.draw_random()
+        if "pairs" in self.streams:
+            pair = next(self.streams["pairs"])
+            return Batch(
+                pair["noise"].to(self.device).float(),
+                self.encode(pair["prompts"]),
+                pair_latents=pair["latents"].to(self.device).float(),
+            )
+        batch = Batch(self.noise(), None)
+        if "prompts" in self.streams:
+            batch = batch._replace(cond=self.encode(next(self.streams["prompts"])))
+        else:
+            captioned: LatentSample = next(self.streams["captions"])
+            batch = batch._replace(
+                cond=self.encode(captioned.caption),
+                data=captioned.latent.to(self.device).float(),
+            )
+        if "latents" in self.streams:
+            real: LatentSample = next(self.streams["latents"])
+            batch = batch._replace(
+                latents=real.latent.to(self.device).float(),
+                latent_cond=self.encode(real.caption),
+            )
+        return batch
+
+    def draw_random(self) -> Batch:
+        """A micro-batch that costs what a real one does, but for text encoders."""
+
+        def cond() -> Condition:
+            return random_condition(
+                self.config, self.size, self.space.resolution, self.generator
+            )
+
+        batch = Batch(self.noise(), cond())
+        if self.settings.simulation == "data":
+            batch = batch._replace(data=self.noise())
+        if self.settings.gan:
+            batch = batch._replace(latents=self.noise(), latent_cond=cond())
+        if self.settings.regression:
+            batch = batch._replace(pair_latents=self.noise())
+        return batch
+
+    def noise(self) -> Tensor:
+        """Standard normal noise for the samples of a micro-batch."""
+        shape = (self.size, *self.space.shape)
+        return torch.randn(shape, device=self.device, generator=self.generator)
+
+    @torch.no_grad()
+    def samples(self) -> Tensor | None:
+        """Images of the first prompts of the data, from always the same noise."""
+        if self.pipeline is None:
+            return None
+        prompts = self.shown_prompts()
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        noise = torch.randn(len(prompts), *self.space.shape, generator=generator)
+        own = torch.Generator(self.device).manual_seed(self.settings.seed)
+        drawn = []
+        with self.averaged():
+            for part in parts(len(prompts), self.settings.micro_batch_size):
+                cond = self.encode(prompts[part])
+                with self.method.autocast(self.device):
+                    latents = self.method.simulator.sample(
+                        self.networks.student,
+                        noise[part].to(self.device),
+                        cond,
+                        generator=own,
+                    )
+                drawn.append(decode(self.pipeline.vae, latents).cpu())
+        return torch.cat(drawn)
+
+    def shown_prompts(self) -> list[str]:
+        """The prompts of the pictures."""
+        name = "prompts" if "prompts" in self.streams else None
+        dataset = next(
+            self.streams[key].dataset
+            for key in (name, "captions", "pairs")
+            if key in self.streams
+        )
+        items = [dataset[i] for i in range(min(PICTURES, len(dataset)))]
+        return [_prompt_of(item) for item in items]
+
+    def export(self, folder: Path, step: int) -> None:
+        """Writes the student: a whole pipeline, or the files of its adapter."""
+        settings = self.settings
+        about = {
+            "method": "DMD2, arXiv 2405.14867",
+            "preset": settings.preset,
+            "iterations": step,
+            "student_updates": self.ttur.counts(step).generator_updates,
+            "guidance_scale": settings.guidance_scale,
+            "resolution": self.space.resolution,
+            "ema": settings.ema,
+            "seed": settings.seed,
+        }
+        told: dict[str, Any] = {
+            "times": settings.times,
+            "teacher": "random weights" if self.pipeline is None else self.name(),
+            "licence": settings.licence,
+            "about": about,
+        }
+        student = self.networks.student
+        with self.averaged():
+            if settings.lora != "none":
+                save_lora_student(folder, student, **told)
+            elif self.pipeline is not None:
+                save_pipeline(folder, self.pipeline, student, **told)
+
+    def name(self) -> str:
+        """The teacher's name: that on the hub, or its folder's."""
+        name = self.settings.pretrained
+        return Path(name).resolve().name if Path(name).is_dir() else name
+
+    def counts(self) -> dict[str, int]:
+        """What is trained, and what is frozen beside it."""
+        critic = self.networks.critic
+        trained = self.networks.student.parameters()
+        return {
+            "unet_parameters": sum(p.numel() for p in self.base.parameters()),
+            "parameters": sum(p.numel() for p in trained),
+            "critic_parameters": 0
+            if critic is None
+            else sum(p.numel() for p in critic.parameters()),
+        }
+
+    def how_to_draw(self) -> str:
+        """The command that draws a picture."""
+        student = self.run_settings.out / "student"
+        where = f"{student}"
+        if self.settings.lora != "none":
+            where = f"{self.settings.pretrained} --lora {student}"
+        return (
+            f"python examples/sample.py {where} --grid samples.png --prompt-file "
+            "examples/prompts/dmd2-figure2.txt"
+        )
+
+
+def _prompt_of(item: Any) -> str:
+    if isinstance(item, LatentSample):
+        return item.caption
+    return item if isinstance(item, str) else item["prompts"]
+
+
+def parts(count: int, size: int) -> Iterator[slice]:
+    """Splits 0 ... count - 1 into batches."""
+    for i in range(0, count, size):
+        yield slice(i, min(i + size, count))
