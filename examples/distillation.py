@@ -225,8 +225,8 @@ class Distillation(ABC):
         """The parameters of the networks, for the summary."""
 
     @abstractmethod
-    def how_to_draw(self) -> str:
-        """The command that draws from the exported student."""
+    def how_to_draw(self) -> str | None:
+        """The command that draws from the exported student, if it is worth it."""
 
     def train_with(self, denoiser: Any, warmup: int) -> Trained:
         """An optimizer for student or critic: both have the same settings."""
@@ -424,8 +424,8 @@ def distil(settings: Any, build: Callable[[Any], Distillation]) -> None:
     file.write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:<24}{value}")
-    print(f"The student is in {out}/student; draw from it with")
-    print(f"  {run.how_to_draw()}")
+    if command := run.how_to_draw():
+        print(f"The student is in {out}/student; draw from it with\n  {command}")
 
 
 def until_interrupted(start: Callable[[], None]) -> None:

@@ -742,8 +742,10 @@ class TextDistillation(Distillation):
             else sum(p.numel() for p in critic.parameters()),
         }
 
-    def how_to_draw(self) -> str:
-        """The command that draws a picture."""
+    def how_to_draw(self) -> str | None:
+        """The command that draws a picture; there is none of random weights."""
+        if self.pipeline is None:
+            return None
         student = self.run_settings.out / "student"
         where = f"{student}"
         if self.settings.lora != "none":

@@ -241,11 +241,12 @@ def test_pairs_are_diffusers_own_samples(
         folders["SDXL"], local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = EulerDiscreteScheduler.from_config(
+    scheduler: Any = EulerDiscreteScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="trailing"
     )
     # Euler's method starts at sigma_max times the noise, not at its whole variance.
-    bar = float(pipeline.scheduler.alphas_cumprod[999])
+    pipeline.scheduler = scheduler
+    bar = float(scheduler.alphas_cumprod[999])
     drawn = pipeline(
         pair["prompts"],
         latents=pair["noise"][None] / (1 - bar) ** 0.5,
