@@ -73,6 +73,7 @@ from dmdkit.sampling import NoisedData as NoisedData
 from dmdkit.sampling import PerSampleSimulator as PerSampleSimulator
 from dmdkit.sampling import StochasticSampler as StochasticSampler
 from dmdkit.sampling import StudentInput as StudentInput
+from dmdkit.training import DamagedCheckpointError as DamagedCheckpointError
 from dmdkit.training import ExponentialMovingAverage as ExponentialMovingAverage
 from dmdkit.training import GeneratorState as GeneratorState
 from dmdkit.training import Monitor as Monitor
@@ -88,6 +89,7 @@ from dmdkit.training import image_statistics as image_statistics
 from dmdkit.training import linear_warmup as linear_warmup
 from dmdkit.training import load_checkpoint as load_checkpoint
 from dmdkit.training import load_modules as load_modules
+from dmdkit.training import load_newest_checkpoint as load_newest_checkpoint
 from dmdkit.training import save_checkpoint as save_checkpoint
 from dmdkit.training import saved_parameters as saved_parameters
 from dmdkit.training import trainable_copy as trainable_copy

@@ -21,6 +21,7 @@ from runs import (
     Durations,
     Log,
     RunFolder,
+    StopSignals,
     Trained,
     check_evaluation,
     checkpoint_parts,
@@ -319,7 +320,7 @@ WATCHED = ("dm/gap", "discriminator/accuracy", "critic/error")
 SHOWN = (*WATCHED, "regression/loss")
 
 
-def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
+def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, float]:
     """The loop: iterations, log, pictures, checkpoints, evaluation."""
     settings, out, monitor = run.settings, run.run_settings.out, Monitor()
     watch = run.run_settings
@@ -383,6 +384,16 @@ def train(run: Distillation, folder: RunFolder) -> dict[str, float]:
             save(done)
         if done % watch.log_every == 0:
             metrics.clear()  # a line has nothing older than the line before
+        if not last and stop.asked():
+            if done % watch.checkpoint_every:
+                folder.save(done, parts, watch.keep)
+            log.close()
+            bar.close()
+            print(
+                f"Stopped by {stop.name or 'a signal'} after iteration {done}, which "
+                "is saved; the same command with --resume continues."
+            )
+            raise SystemExit
     log.close()
     return durations.medians()
 
@@ -400,7 +411,8 @@ def distil(settings: Any, build: Callable[[Any], Distillation]) -> None:
         raise SystemExit(str(error)) from error
     folder = RunFolder(out, identity(settings))
     try:
-        seconds = train(run, folder)
+        with StopSignals() as stop:
+            seconds = train(run, folder, stop)
     except (BadImageError, NonFiniteError) as error:
         raise SystemExit(str(error)) from error
     run.export(out / "student", settings.iterations)

@@ -12,6 +12,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -31,10 +32,11 @@ from dmdkit import (
     ScoreEstimator,
     checkpoints,
     linear_warmup,
-    load_checkpoint,
+    load_newest_checkpoint,
     save_checkpoint,
 )
 from dmdkit.extras import require_extra
+from dmdkit.training.ranks import on_any
 
 require_extra("train", "tyro", "tensorboard", "tqdm")
 
@@ -192,11 +194,12 @@ class RunFolder:
                     f"{started.get(name)}, now it is {value}; use the same."
                 )
         try:
-            step = load_checkpoint(found[-1], **parts)
+            resumed = load_newest_checkpoint(self.checkpoints, **parts)
         except ValueError as error:
             raise SystemExit(f"--resume: {error}") from error
-        print(f"Resumed from {found[-1]}.")
-        return step
+        assert resumed is not None
+        print(f"Resumed from {resumed.path}.")
+        return resumed.step
 
     def save(self, step: int, parts: Mapping[str, Any], keep: int) -> Path:
         """Writes a checkpoint, and removes all but the newest."""
@@ -217,6 +220,33 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1, which schedulers send before a kill, as a question.
+
+    Within it they do not end the process: the loop asks, and stops where it can go on.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.name = signal.Signals(number).name
+
+    def asked(self) -> bool:
+        """Whether any rank was told to stop; the same answer on all."""
+        return on_any(self.name is not None)
 
 
 class Log:

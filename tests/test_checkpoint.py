@@ -1,4 +1,8 @@
 import copy
+import errno
+import io
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dmdkit import (
+    DamagedCheckpointError,
     ExponentialMovingAverage,
     FeatureStatistics,
     GeneratorState,
@@ -14,9 +19,10 @@ from dmdkit import (
     checkpoints,
     linear_warmup,
     load_checkpoint,
+    load_newest_checkpoint,
     save_checkpoint,
 )
-from dmdkit.training.checkpoint import _GlobalRandomState
+from dmdkit.training.ranks import GlobalRandomState
 
 
 class Run:
@@ -119,11 +125,11 @@ def test_the_generators_of_all_gpus_are_restored(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_rng_state_all", lambda: list(gpus))
     monkeypatch.setattr("torch.cuda.set_rng_state", lambda v, i: gpus.__setitem__(i, v))
-    state = _GlobalRandomState().state_dict()
+    state = GlobalRandomState().state_dict()
     gpus.append(gpus.pop(0))
     # One device more than when it was saved keeps what it has.
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    _GlobalRandomState().load_state_dict(state)
+    GlobalRandomState().load_state_dict(state)
     assert [int(gpu) for gpu in gpus] == [1, 2]
 
 
@@ -193,7 +199,7 @@ class CrashError(Exception):
         "torch.distributed.checkpoint.state_dict_saver.save",  # before anything
         "os.fsync",  # amid the tensors
         "json.dumps",  # before the file that says that all is there
-        "shutil.rmtree",  # before the new name
+        "pathlib.Path.rename",  # before the new name
     ],
 )
 def test_a_crash_while_writing_leaves_the_older_checkpoint(
@@ -204,9 +210,8 @@ def test_a_crash_while_writing_leaves_the_older_checkpoint(
     there = run.everything()
     run.train(2, 4)
 
-    def crash(path: Any = None, *args: Any, **kwargs: Any) -> None:
-        if not str(path).endswith(".partial"):
-            raise CrashError
+    def crash(*args: Any, **kwargs: Any) -> None:
+        raise CrashError
 
     with monkeypatch.context() as patch:
         patch.setattr(where, crash)
@@ -216,11 +221,10 @@ def test_a_crash_while_writing_leaves_the_older_checkpoint(
     fresh = Run(seed=5)
     assert load_checkpoint(checkpoints(tmp_path)[-1], **fresh.parts) == 2
     assert_equal(fresh.everything(), there)
-    # What the crash left is replaced by the next attempt.
-    assert any(path.name.endswith(".partial") for path in tmp_path.iterdir())
+    # What could not be finished takes no room.
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]
     newer = save_checkpoint(tmp_path, step=4, **run.parts)
     assert checkpoints(tmp_path) == [older, newer]
-    assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
     assert load_checkpoint(newer, **fresh.parts) == 4
 
 
@@ -326,3 +330,199 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
             optimizers={"student": parts["optimizers"]["student"]},
         )
     assert checkpoints(tmp_path) == []
+
+
+def damage(path: Path, how: str) -> Path:
+    """Does to a checkpoint what disks and people do."""
+    file = next(path.glob("*.distcp"))
+    if how == "bit":
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "short":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif how == "gone":
+        file.unlink()
+    else:
+        file = path / "manifest.json"
+        file.write_text(file.read_text()[: {"half": 40, "empty": 0}[how]])
+    return file
+
+
+@pytest.mark.parametrize("how", ["bit", "short", "gone", "half", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    tmp_path: Path, how: str
+) -> None:
+    run = Run().train(0, 2)
+    older = save_checkpoint(tmp_path, step=2, **run.parts)
+    there = run.everything()
+    newer = save_checkpoint(tmp_path, step=4, **run.train(2, 4).parts)
+    file = damage(newer, how)
+    fresh = Run(seed=5)
+    before = fresh.everything()
+    with pytest.raises(DamagedCheckpointError) as error:
+        load_checkpoint(newer, **fresh.parts)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert_equal(fresh.everything(), before)
+    with pytest.warns(UserWarning, match=file.name):
+        resumed = load_newest_checkpoint(tmp_path, **fresh.parts)
+    assert resumed == (older, 2)
+    assert_equal(fresh.everything(), there)
+    damage(older, how)
+    with (
+        pytest.warns(UserWarning, match=file.name),
+        pytest.raises(DamagedCheckpointError, match="all 2 checkpoints"),
+    ):
+        load_newest_checkpoint(tmp_path, **fresh.parts)
+
+
+def test_there_may_be_no_checkpoint_yet(tmp_path: Path) -> None:
+    assert load_newest_checkpoint(tmp_path, **Run().parts) is None
+
+
+def test_a_half_removed_checkpoint_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill amid the removal of the oldest leaves no folder that looks complete."""
+    run = Run()
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step=step, **run.parts)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        real, calls = shutil.rmtree, []
+
+        def rmtree(path: Any, **options: Any) -> None:
+            calls.append(path)
+            if str(path).endswith(".removed") and path.exists():
+                killed()
+            real(path, **options)
+
+        patch.setattr(shutil, "rmtree", rmtree)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, step=3, **run.parts, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-00000002",
+        "step-00000003",
+    ]
+    save_checkpoint(tmp_path, step=4, **run.parts, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+    ]
+
+
+class Faults:
+    """Makes the n-th file operation fail as a full or broken disk does."""
+
+    def __init__(self, fail_at: int | None, code: int) -> None:
+        self.fail_at, self.code, self.count = fail_at, code, 0
+
+    def tick(self, path: Any) -> None:
+        self.count += 1
+        if self.count == self.fail_at:
+            raise OSError(self.code, os.strerror(self.code), str(path))
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        for where, name in (
+            *((os, n) for n in ("fsync", "mkdir", "rename")),
+            *((Path, n) for n in ("mkdir", "rename", "write_text")),
+        ):
+            patch.setattr(where, name, self.wrapped(getattr(where, name)))
+        real = io.open
+
+        def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            handle = real(file, mode, *args, **kwargs)
+            if any(letter in mode for letter in "wax+"):
+                try:
+                    self.tick(file)
+                except OSError:
+                    handle.close()
+                    raise
+                handle = Writing(handle, lambda: self.tick(file))
+            return handle
+
+        patch.setattr(io, "open", opened)
+        patch.setattr("builtins.open", opened)
+
+    def wrapped(self, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.tick(args[0] if args else "")
+            return real(*args, **kwargs)
+
+        return call
+
+
+class Writing:
+    """A file whose every write may fail."""
+
+    def __init__(self, file: Any, tick: Any) -> None:
+        self._file, self._tick = file, tick
+
+    def write(self, data: Any) -> int:
+        self._tick()
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "Writing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_no_write_error_costs_more_than_the_checkpoint_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A fault at each file operation of a save in turn."""
+    run = Run().train(0, 2)
+    older = save_checkpoint(tmp_path, step=2, **run.parts)
+    there = run.train(2, 4).everything()
+
+    def save(fail_at: int | None) -> tuple[int, Exception | None]:
+        faults = Faults(fail_at, code)
+        with monkeypatch.context() as patch:
+            faults.install(patch)
+            try:
+                save_checkpoint(tmp_path, step=4, **run.parts)
+            except OSError as error:
+                return faults.count, error
+        return faults.count, None
+
+    operations, error = save(None)
+    assert error is None
+    assert operations > 20
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    for n in range(1, operations + 1):
+        _, error = save(n)
+        assert_equal(run.everything(), there)
+        complete = checkpoints(tmp_path)
+        if error is None or len(complete) == 2:
+            # The last flush came after the name: the checkpoint is there, and whole.
+            assert n == operations or error is None
+            load_checkpoint(complete[-1], **Run(seed=7).parts)
+            shutil.rmtree(complete[-1])
+            continue
+        # PyTorch's archive writer says "unexpected pos" for a full disk.
+        assert os.strerror(code) in str(error) or "GiB free" in str(error), n
+        assert "\n" not in str(error)
+        assert complete == [older]
+    fresh = Run(seed=5)
+    assert load_checkpoint(older, **fresh.parts) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    run = Run().train(0, 2)
+    there = run.everything()
+    with pytest.raises(OSError, match="file"):
+        save_checkpoint(file, step=2, **run.parts)
+    assert_equal(run.everything(), there)
+    assert file.read_text() == "in the way"

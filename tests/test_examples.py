@@ -87,7 +87,7 @@ def test_a_run_is_not_continued_as_another(run_folder: Path) -> None:
 def test_a_new_run_leaves_no_checkpoint_of_the_one_before(tmp_path: Path) -> None:
     old = tmp_path / "checkpoints" / "step-00000099"
     old.mkdir(parents=True)
-    (old / "meta.json").write_text("{}")
+    (old / "manifest.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"settings\.json, .* is missing"):
         digits.main(settings(tmp_path, "--resume"))
     digits.main(settings(tmp_path, "--iterations", "1"))

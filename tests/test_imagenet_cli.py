@@ -125,6 +125,39 @@ def test_convert_train_kill_resume_draw(
         assert picture.size == (3 * 18 + 2, 8 * 18 + 2)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_s_signal_saves_and_ends_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    given: list[str | Path] = ["--preset", "long-phase1", "--batch-size", "2"]
+    given += ["--teacher", save_digits_teacher(tmp_path / "teacher")]
+    given += ["--iterations", "9", "--seed", "3"]
+    train(*given, "--out", tmp_path / "whole")
+    iterate = imagenet_edm.ImageNetDistillation.iterate
+
+    def told(self: Any, step: int, monitor: Any) -> Any:
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return iterate(self, step, monitor)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(imagenet_edm.ImageNetDistillation, "iterate", told)
+        with pytest.raises(SystemExit) as stopped:
+            train(*given, "--out", tmp_path / "run")
+    assert stopped.value.code is None  # success
+    assert f"Stopped by {number.name} after iteration 7" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+    assert checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-00000007"
+    assert not (tmp_path / "run" / "summary.json").exists()
+    train(*given, "--out", tmp_path / "run", "--resume")
+    one, other = (student_weights(tmp_path / out) for out in ("whole", "run"))
+    assert all(torch.equal(v, other[k]) for k, v in one.items())
+
+
 def drawn(path: Path) -> tuple[np.ndarray, list[int]]:
     with np.load(path) as file:
         return file["images"], file["labels"].tolist()

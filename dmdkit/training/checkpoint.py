@@ -1,18 +1,16 @@
 """Checkpoints: everything that a run is, written whole or not at all.
 
 The format is that of `torch.distributed.checkpoint`. A checkpoint is a folder
-`step-00001000`; it gets that name only when it is complete.
+`step-00001000`; it gets that name only when it is complete, with a manifest of the
+files' checksums.
 """
 
-import json
-import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +22,16 @@ from torch.utils._pytree import (
     tree_map_with_path,
 )
 
-_PREFIX = "step-"
-_META = "meta.json"
+from dmdkit.training.checkpoint_files import (
+    DamagedCheckpointError,
+    checkpoints,
+    explain,
+    read_manifest,
+    room_in,
+    verify_checkpoint,
+    write_whole,
+)
+from dmdkit.training.ranks import GlobalRandomState, gathered
 
 
 @runtime_checkable
@@ -41,42 +47,6 @@ class Stateful(Protocol):
         ...
 
 
-class GeneratorState:
-    """Makes a `torch.Generator` a part of a checkpoint.
-
-    Args:
-        generator: The generator whose state is saved and restored in place.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def state_dict(self) -> dict[str, Any]:
-        """Gives the generator's state."""
-        return {"state": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts the generator where it was."""
-        self.generator.set_state(state["state"])
-
-
-class _GlobalRandomState:
-    """PyTorch's own generators, on the CPU and on every CUDA device."""
-
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            for i, value in enumerate(torch.cuda.get_rng_state_all()):
-                state[f"cuda{i}"] = value
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["cpu"])
-        for i in range(torch.cuda.device_count()):
-            if f"cuda{i}" in state:
-                torch.cuda.set_rng_state(state[f"cuda{i}"], i)
-
-
 def save_checkpoint(
     directory: str | Path,
     *,
@@ -86,10 +56,10 @@ def save_checkpoint(
     states: Mapping[str, Stateful] | None = None,
     keep: int | None = None,
 ) -> Path:
-    """Writes a checkpoint, complete or not at all.
+    """Writes a checkpoint, complete or not at all. All ranks must call it.
 
     Args:
-        directory: The folder of all checkpoints of a run.
+        directory: The folder of all checkpoints of a run, one for all ranks.
         step: The step at which the run will continue, >= 0.
         modules: Networks by name.
         optimizers: Optimizers by the name of the module whose parameters they hold.
@@ -101,7 +71,8 @@ def save_checkpoint(
 
     Raises:
         ValueError: If a name is unknown, or a number out of range.
-        OSError: If the files cannot be written; older checkpoints stay as they are.
+        OSError: If the files cannot be written, on any rank; older checkpoints and
+            what is trained stay as they are.
     """
     from torch.distributed.checkpoint import CheckpointException, state_dict_saver
 
@@ -117,54 +88,21 @@ def save_checkpoint(
             # PyTorch filled the empty state by a step, which would count.
             optimizer.state.clear()
             state[f"optimizer.{name}"]["state"] = {}
-    directory = Path(directory)
-    final = directory / f"{_PREFIX}{step:08d}"
-    partial = directory / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with one_process_is_meant():
-            state_dict_saver.save(
-                state, checkpoint_id=partial, no_dist=not _distributed()
-            )
-    except CheckpointException as error:
-        raise OSError(
-            f"directory: could not write {partial}: {explain(error)}"
-        ) from error
-    meta = {"step": step, "torch": torch.__version__, "parts": sorted(state)}
-    (partial / _META).write_text(json.dumps(meta, indent=2))
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    # A run that came past this step before is replaced.
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    if keep is not None:
-        for old in checkpoints(directory)[:-keep]:
-            # A run that went back is behind the checkpoints it made before.
-            if old != final:
-                shutil.rmtree(old)
-    return final
 
+    def write(folder: Path) -> None:
+        try:
+            with one_process_is_meant():
+                state_dict_saver.save(
+                    state, checkpoint_id=folder, no_dist=not _distributed()
+                )
+        except CheckpointException as error:
+            where = f"{folder}{room_in(folder)}"
+            raise OSError(
+                f"directory: could not write {where}: {explain(error)}"
+            ) from error
 
-def checkpoints(directory: str | Path) -> list[Path]:
-    """Lists the complete checkpoints of a run, the oldest first.
-
-    Args:
-        directory: The folder of all checkpoints of a run; it need not exist.
-
-    Returns:
-        Their folders.
-    """
-    folder = Path(directory)
-    found = folder.glob(f"{_PREFIX}*") if folder.is_dir() else ()
-    return sorted(path for path in found if (path / _META).is_file())
-
-
-def check_complete(path: Path) -> None:
-    """Raises `ValueError` unless a folder is a complete checkpoint."""
-    if not (path / _META).is_file():
-        raise ValueError(f"path: there is no complete checkpoint in {path}.")
+    about = {"torch": torch.__version__, "parts": sorted(state)}
+    return write_whole(Path(directory), step, write, about, keep)
 
 
 def load_checkpoint(
@@ -174,7 +112,10 @@ def load_checkpoint(
     optimizers: Mapping[str, Optimizer] | None = None,
     states: Mapping[str, Stateful] | None = None,
 ) -> int:
-    """Restores everything from a checkpoint, in place.
+    """Restores everything from a checkpoint, in place, if it is undamaged.
+
+    It may be of another number of ranks, replicated or sharded: every rank takes its
+    part. All ranks must call it.
 
     Args:
         path: A checkpoint's folder, such as `checkpoints(directory)[-1]`.
@@ -188,17 +129,75 @@ def load_checkpoint(
     Raises:
         ValueError: If there is no checkpoint, or its parts are not those asked for, by
             name or by shape.
+        DamagedCheckpointError: If a file is missing, or not as it was written.
     """
+    verify_checkpoint(path)
+    return _load(Path(path), modules, optimizers or {}, states or {})
+
+
+class Resumed(NamedTuple):
+    """Where a run goes on.
+
+    Attributes:
+        path: The checkpoint that was loaded.
+        step: The step at which to continue.
+    """
+
+    path: Path
+    step: int
+
+
+def load_newest_checkpoint(
+    directory: str | Path,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer] | None = None,
+    states: Mapping[str, Stateful] | None = None,
+) -> Resumed | None:
+    """Restores everything from the newest checkpoint that is undamaged.
+
+    Args:
+        directory: The folder of all checkpoints of a run.
+        modules: Networks by name, as they were saved.
+        optimizers: Optimizers by the name of their module.
+        states: Anything else by name.
+
+    Returns:
+        The checkpoint and its step; None if there is none at all. A warning names each
+        newer one that is damaged and was passed over.
+
+    Raises:
+        ValueError: If all are damaged, or the checkpoint's parts are not those asked
+            for.
+    """
+    found = gathered(checkpoints(directory))[0]
+    for path in reversed(found):
+        try:
+            verify_checkpoint(path)
+        except DamagedCheckpointError as error:
+            warnings.warn(f"{error}", stacklevel=2)
+            continue
+        return Resumed(path, _load(path, modules, optimizers or {}, states or {}))
+    if found:
+        raise DamagedCheckpointError(
+            f"directory: all {len(found)} checkpoints in {directory} are damaged."
+        )
+    return None
+
+
+def _load(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer],
+    states: Mapping[str, Stateful],
+) -> int:
     from torch.distributed.checkpoint import (
         CheckpointException,
         FileSystemReader,
         state_dict_loader,
     )
 
-    path = Path(path)
-    check_complete(path)
-    saved = json.loads((path / _META).read_text())
-    optimizers, states = optimizers or {}, states or {}
+    saved = read_manifest(path)
     parts = _parts(modules, optimizers, states)
     if saved["parts"] != parts:
         raise ValueError(
@@ -224,11 +223,6 @@ def load_checkpoint(
         ) from error
     _scatter(state, modules, optimizers, states)
     return int(saved["step"])
-
-
-def explain(error: Any) -> str:
-    """What went wrong, from a `CheckpointException`, in one line."""
-    return "; ".join(str(failure) for failure, _ in error.failures.values())
 
 
 def _parts(*named: Mapping[str, Any]) -> list[str]:
@@ -270,7 +264,7 @@ def _gather(
             f"optimizers: {', '.join(sorted(unknown))} is no module; name an optimizer "
             f"like its module ({', '.join(modules)})."
         )
-    state: dict[str, Any] = {"random": _GlobalRandomState().state_dict()}
+    state: dict[str, Any] = {"random": _split(GlobalRandomState().state_dict())}
     for name, module in modules.items():
         state[f"module.{name}"] = dcp_state.get_model_state_dict(module)
     for name, optimizer in optimizers.items():
@@ -317,4 +311,4 @@ def _scatter(
     for name, value in states.items():
         value.load_state_dict(_join(state[f"state.{name}"]))
     # Last: gathering an optimizer's state may run a step and draw random numbers.
-    _GlobalRandomState().load_state_dict(state["random"])
+    GlobalRandomState().load_state_dict(_join(state["random"]))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-from dmdkit.training.checkpoint import check_complete, explain, one_process_is_meant
+from dmdkit.training.checkpoint import one_process_is_meant
+from dmdkit.training.checkpoint_files import check_complete, explain
 
 
 def saved_parameters(path: str | Path, module: str) -> frozenset[str]:

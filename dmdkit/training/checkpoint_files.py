@@ -1,0 +1,235 @@
+"""The folder of a checkpoint: whole or not at all, and checked before it is read.
+
+A checkpoint is written under a hidden name, put on disk, described by a manifest of
+sizes and checksums, and only then given its own name, `step-00001000`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dmdkit.training.ranks import everywhere, on_first, rank_and_ranks
+
+PREFIX = "step-"
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are not those that were written."""
+
+
+def checkpoints(directory: str | Path) -> list[Path]:
+    """Lists the complete checkpoints of a run, the oldest first.
+
+    Args:
+        directory: The folder of all checkpoints of a run; it need not exist.
+
+    Returns:
+        Their folders.
+    """
+    folder = Path(directory)
+    found = folder.glob(f"{PREFIX}*") if folder.is_dir() else ()
+    return sorted(path for path in found if (path / MANIFEST).is_file())
+
+
+def check_complete(path: Path) -> None:
+    """Raises `ValueError` unless a folder is a complete checkpoint.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not (path / MANIFEST).is_file():
+        raise ValueError(f"path: there is no complete checkpoint in {path}.")
+
+
+def write_whole(
+    directory: Path,
+    step: int,
+    write: Callable[[Path], object],
+    about: Mapping[str, Any],
+    keep: int | None,
+) -> Path:
+    """Writes a checkpoint on all ranks, and removes the oldest.
+
+    Args:
+        directory: The folder of all checkpoints of a run, the same on all ranks.
+        step: The step, for the name.
+        write: Writes the files into a folder; called on every rank.
+        about: What the manifest says beside the files.
+        keep: How many of the newest stay; all if None.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        OSError: If it cannot be written on any rank; the older ones stay.
+    """
+    final = directory / f"{PREFIX}{step:08d}"
+    partial = directory / f".{final.name}.partial"
+    try:
+        on_first(lambda: _begin(partial))
+        write(partial)
+        sums = everywhere(lambda: _settle(partial))
+        files = {name: value for own in sums for name, value in own.items()}
+        manifest = {"step": step, **about, "files": files}
+        on_first(lambda: _publish(partial, final, manifest))
+    except Exception:
+        # What could not be finished takes no room on a disk that may be full.
+        with suppress(OSError):
+            if rank_and_ranks()[0] == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if keep is not None:
+        on_first(lambda: _remove_oldest(directory, keep, final))
+    return final
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads what a checkpoint says of itself.
+
+    Args:
+        path: The checkpoint.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: If there is no complete checkpoint.
+        DamagedCheckpointError: If the manifest is not understood.
+    """
+    check_complete(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        _ = manifest["step"], manifest["parts"], manifest["files"].items()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedCheckpointError(
+            f"path: {path / MANIFEST} is damaged ({error!r}); take an older checkpoint."
+        ) from error
+    return manifest
+
+
+def verify_checkpoint(path: str | Path) -> None:
+    """Holds the files of a checkpoint against its manifest, shared among the ranks.
+
+    Args:
+        path: The checkpoint.
+
+    Raises:
+        ValueError: If there is no complete checkpoint.
+        DamagedCheckpointError: If a file is missing, or has other content than when it
+            was written.
+    """
+    path = Path(path)
+    files = sorted(read_manifest(path)["files"].items())
+    rank, ranks = rank_and_ranks()
+    own = everywhere(lambda: _first_fault(path, files[rank::ranks]))
+    for fault in own:
+        if fault is not None:
+            raise DamagedCheckpointError(
+                f"path: {fault}; the checkpoint is damaged, take an older one."
+            )
+
+
+def room_in(folder: Path) -> str:
+    """How full the disk is: the likeliest cause, and PyTorch's error rarely says so.
+
+    Args:
+        folder: Where a checkpoint could not be written.
+
+    Returns:
+        Words to put behind its name.
+    """
+    if not folder.exists():
+        return ", which has vanished"
+    return f" ({shutil.disk_usage(folder).free / 2**30:.2f} GiB free)"
+
+
+def explain(error: Any) -> str:
+    """What went wrong, from a `CheckpointException`, in one line.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The messages of the ranks.
+    """
+    texts = (" ".join(str(failure).split()) for failure, _ in error.failures.values())
+    return "; ".join(texts)
+
+
+def _first_fault(path: Path, files: list[tuple[str, Any]]) -> str | None:
+    for name, expected in files:
+        try:
+            if _describe(path / name) != expected:
+                return f"{path / name} is not as it was written"
+        except OSError as error:
+            return f"{path / name} cannot be read ({error.strerror})"
+    return None
+
+
+def _begin(partial: Path) -> None:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in partial.parent.glob(f".{PREFIX}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+
+
+def _settle(partial: Path) -> dict[str, Any]:
+    """Puts this rank's files on disk and describes them."""
+    rank, _ = rank_and_ranks()
+    found = {}
+    for file in sorted(partial.iterdir()):
+        # DCP writes __RANK_NUMBER.distcp, and rank 0 all else.
+        of_a_rank = file.name.startswith("__")
+        if file.name.startswith(f"__{rank}_") or (rank == 0 and not of_a_rank):
+            _flush(file)
+            found[file.name] = _describe(file)
+    return found
+
+
+def _publish(partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    file = partial / MANIFEST
+    file.write_text(json.dumps(manifest, indent=2) + "\n")
+    _flush(file)
+    _flush(partial)
+    if final.exists():  # by a run that came past this step before
+        _remove(final)
+    partial.rename(final)
+    _flush(final.parent)
+
+
+def _remove_oldest(directory: Path, keep: int, newest: Path) -> None:
+    for old in checkpoints(directory)[:-keep]:
+        # A run that went back is behind the checkpoints it made before.
+        if old != newest:
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Takes the name away first: what is half removed is no checkpoint."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
