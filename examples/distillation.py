@@ -16,6 +16,15 @@ from typing import Annotated, Any, Protocol
 
 import torch
 import tyro
+from parallel import (
+    Strategy,
+    gradients_stay,
+    mesh_of,
+    plain,
+    processes,
+    share,
+    whole,
+)
 from runs import (
     Best,
     Durations,
@@ -41,9 +50,12 @@ from dmdkit import (
     GeneratorState,
     Monitor,
     NonFiniteError,
+    ScoreEstimator,
     TTURScheduler,
 )
+from dmdkit.adapters.diffusers import UNetNetwork
 from dmdkit.data import BadImageError, BatchStream
+from dmdkit.training.ranks import on_first
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,10 @@ class RunSettings:
     resume: bool = False
     """Continue from the newest checkpoint in OUT."""
     device: str = "auto"
-    """cuda, cuda:1, cpu; auto takes a GPU if there is one."""
+    """cuda, cuda:1, cpu; auto takes a GPU if there is one, under torchrun one each."""
+    strategy: Strategy = "ddp"
+    """Of several processes, started by torchrun: copies of the networks (ddp), shards
+    of them over all processes (fsdp), or over those of a machine (hsdp)."""
     threads: int = 0
     """Of the CPU; 0 leaves PyTorch's choice."""
     workers: int = min(4, os.cpu_count() or 1)
@@ -83,10 +98,6 @@ class RunSettings:
         every = ("log_every", "sample_every", "checkpoint_every", "evaluate_every")
         require_at_least(self, 1, *every, "keep")
         require_at_least(self, 0, "workers", "threads")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise SystemExit(
-                "WORLD_SIZE: this recipe runs in one process; leave out torchrun."
-            )
         if self.out.exists() and not self.out.is_dir():
             raise SystemExit(f"--out: {self.out} is a file; name a folder.")
         require_wandb(self.wandb)
@@ -264,22 +275,31 @@ class Distillation(ABC):
         turn = self.ttur.generator_turn(step)
         rung = self.method.simulator.draw_rung(self.rung_generator)
         share, metrics = 1 / self.parts, {}
-        for _ in range(self.parts):
-            batch = self.draw()
-            about = (self.networks, batch)
-            x = self.method.generate(*about, rung, self.generator, train=turn)
-            if turn:
-                losses = self.method.student_backward(*about, x, self.generator, share)
-                metrics |= self.require_finite(monitor, losses)
-                if self.parts == 1:
-                    metrics |= self.update("student")
-            if "critic" in self.trained:
-                losses = self.method.critic_backward(*about, x, self.generator, share)
-                metrics |= self.require_finite(monitor, losses)
+        networks = [part.denoiser.network for part in self.trained.values()]
+        for part in range(1, self.parts + 1):
+            with gradients_stay(networks if part < self.parts else []):
+                metrics |= self.learn(turn, rung, share, monitor)
         if turn and self.parts > 1:
             metrics |= self.update("student")
         if "critic" in self.trained:
             metrics |= self.update("critic")
+        return metrics
+
+    def learn(
+        self, turn: bool, rung: int, share: float, monitor: Monitor
+    ) -> dict[str, Tensor]:
+        """Adds the gradients of a micro-batch to student and critic."""
+        batch, metrics = self.draw(), {}
+        about = (self.networks, batch)
+        x = self.method.generate(*about, rung, self.generator, train=turn)
+        if turn:
+            losses = self.method.student_backward(*about, x, self.generator, share)
+            metrics |= self.require_finite(monitor, losses)
+            if self.parts == 1:
+                metrics |= self.update("student")
+        if "critic" in self.trained:
+            losses = self.method.critic_backward(*about, x, self.generator, share)
+            metrics |= self.require_finite(monitor, losses)
         return metrics
 
     def require_finite(
@@ -299,12 +319,34 @@ class Distillation(ABC):
         trained.step()
         return {f"{name}/gradient_norm": norm}
 
+    def spread(self, *denoisers: ScoreEstimator) -> None:
+        """Puts networks on all processes, if there are several."""
+        if self.ranks == 1:
+            return
+        strategy = self.run_settings.strategy
+        mesh = None if strategy == "ddp" else mesh_of(strategy, self.device)
+        low = self.settings.precision == "bf16"
+        for denoiser in denoisers:
+            share(denoiser, strategy, mesh, low_precision=low)
+
+    def write_student(self, write: Callable[[ScoreEstimator], None]) -> None:
+        """Hands the whole student to rank 0, averaged if there is an average."""
+        with self.averaged():
+            student = whole(self.networks.student, self.unsharded)
+            on_first(lambda: None if student is None else write(student))
+
+    def unsharded(self, network: torch.nn.Module) -> torch.nn.Module:
+        """A network like a sharded one, to put its gathered weights into."""
+        assert isinstance(network, UNetNetwork)
+        unet, place = network.unet, network.place
+        return UNetNetwork(type(unet).from_config(unet.config), place)
+
     def averaged(self) -> Any:
         """Puts the average of the student's weights in place, if there is one."""
         student = self.trained["student"]
         if student.ema is None:
             return nullcontext()
-        return student.ema.applied_to(student.denoiser.network)
+        return student.ema.applied_to(plain(student.denoiser.network))
 
     def parts_of_checkpoint(self, **states: Any) -> dict[str, Any]:
         """Everything that a run is."""
@@ -331,17 +373,23 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         raise SystemExit(
             f"--iterations {settings.iterations}: the run has made {start} already."
         )
-    log = Log(out, start, watch.wandb, folder.identity)
+    first = run.rank == 0
+    log = Log(out, start, watch.wandb, folder.identity) if first else None
     durations = Durations()
     steps = range(start, settings.iterations)
     bar = tqdm(
-        steps, desc=settings.preset, initial=start, total=settings.iterations, unit="it"
+        steps,
+        desc=settings.preset,
+        initial=start,
+        total=settings.iterations,
+        unit="it",
+        disable=not first,
     )
     metrics: dict[str, Tensor] = {}
 
     def show(done: int) -> None:
         images = run.samples()
-        if images is None:
+        if images is None or log is None:
             return
         watched = {k.rpartition("/")[2]: metrics[k] for k in WATCHED if k in metrics}
         for text in monitor.observe(done, images, watched):
@@ -357,10 +405,15 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         if watch.evaluate and (last or number % watch.evaluate_every == 0):
             student = out / "evaluated"
             run.export(student, done)
-            found = run_evaluation(watch.evaluate, student, done)
-            log.scalars(done, {f"evaluation/{k}": v for k, v in found.items()})
-            if best.improved(found):
-                folder.keep_best(path, {"step": done, **found})
+            on_first(lambda: evaluate(path, student, done))
+
+    def evaluate(path: Path, student: Path, done: int) -> None:
+        assert log is not None
+        assert watch.evaluate is not None
+        found = run_evaluation(watch.evaluate, student, done)
+        log.scalars(done, {f"evaluation/{k}": v for k, v in found.items()})
+        if best.improved(found):
+            folder.keep_best(path, {"step": done, **found})
 
     for step in bar:
         began, turn = time.perf_counter(), run.ttur.generator_turn(step)
@@ -374,7 +427,9 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
             values = to_floats(metrics)
             learner = run.trained.get("critic", run.trained["student"])
             rate = float(learner.schedule.get_last_lr()[0])
-            log.scalars(done, {**values, "learning_rate": rate, **durations.medians()})
+            line = {**values, "learning_rate": rate, **durations.medians()}
+            if log is not None:
+                log.scalars(done, line)
             bar.set_postfix(
                 {k: f"{values[k]:.3g}" for k in SHOWN if k in values}, refresh=False
             )
@@ -387,35 +442,44 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         if not last and stop.asked():
             if done % watch.checkpoint_every:
                 folder.save(done, parts, watch.keep)
-            log.close()
-            bar.close()
-            print(
-                f"Stopped by {stop.name or 'a signal'} after iteration {done}, which "
-                "is saved; the same command with --resume continues."
-            )
+            if log is not None:
+                log.close()
+                bar.close()
+                print(
+                    f"Stopped by {stop.name or 'a signal'} after iteration {done}, "
+                    "which is saved; the same command with --resume continues."
+                )
             raise SystemExit
-    log.close()
+    if log is not None:
+        log.close()
     return durations.medians()
 
 
-def distil(settings: Any, build: Callable[[Any], Distillation]) -> None:
+def distil(settings: Any, build: Callable[[Any, int, int], Distillation]) -> None:
     """Distils, and writes everything to OUT."""
     settings.check()
-    out = settings.run.out
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     torch.set_float32_matmul_precision("high")  # TF32 [scripts]
-    try:
-        run = build(settings)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    folder = RunFolder(out, identity(settings))
-    try:
-        with StopSignals() as stop:
-            seconds = train(run, folder, stop)
-    except (BadImageError, NonFiniteError) as error:
-        raise SystemExit(str(error)) from error
-    run.export(out / "student", settings.iterations)
+    with processes(settings.run.device) as ranks:
+        try:
+            run = build(settings, ranks.rank, ranks.ranks)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        folder = RunFolder(settings.run.out, identity(settings))
+        try:
+            with StopSignals() as stop:
+                seconds = train(run, folder, stop)
+        except (BadImageError, NonFiniteError) as error:
+            raise SystemExit(str(error)) from error
+        run.export(settings.run.out / "student", settings.iterations)
+        if ranks.rank == 0:
+            summarise(run, seconds)
+
+
+def summarise(run: Distillation, seconds: dict[str, float]) -> None:
+    """Writes and prints what the run took."""
+    settings, out = run.settings, run.run_settings.out
     file = out / "summary.json"
     if not seconds and file.is_file():
         print(f"The run had its {settings.iterations} iterations already.")
@@ -426,6 +490,7 @@ def distil(settings: Any, build: Callable[[Any], Distillation]) -> None:
         "student_updates": run.ttur.counts(settings.iterations).generator_updates,
         "batch_size": settings.batch_size,
         "micro_batches": run.parts,
+        "ranks": run.ranks,
         **run.counts(),
         "device": str(run.device),
         "threads": torch.get_num_threads(),

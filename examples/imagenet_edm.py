@@ -5,8 +5,9 @@
 
 Every setting names its source: the paper (its section), the official scripts where the
 paper is silent, or "ours". Presets are the rows of Tables 1 and 3; `--help` shows the
-settings of the preset given. It runs in one process: the batch of 280 is reached by
-gradient accumulation. The page "ImageNet-64" of the documentation has the whole recipe.
+settings of the preset given. The batch of 280 is reached by gradient accumulation, and
+by several processes under torchrun. The page "ImageNet-64" of the documentation has the
+whole recipe.
 """
 
 from dataclasses import dataclass, field, replace
@@ -414,6 +415,7 @@ class ImageNetDistillation(Distillation):
                 "recipe distils EDM's (see examples/convert_edm.py)."
             )
         self.method = Method(settings, parameterization.sigma_data)
+        self.spread(*self.networks)
         if settings.gan:
             self.stream("images", self.real_images())
         if settings.regression:
@@ -515,10 +517,11 @@ class ImageNetDistillation(Distillation):
             "seed": settings.seed,
             "teacher": teacher,
         }
-        with self.averaged():
-            save_denoiser(
-                folder, self.networks.student, times=settings.times, about=about
+        self.write_student(
+            lambda student: save_denoiser(
+                folder, student, times=settings.times, about=about
             )
+        )
 
     def counts(self) -> dict[str, int]:
         """The parameters of student and critic, the critic's with its head."""

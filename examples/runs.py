@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from parallel import averages, plain, whole_norm
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -36,7 +37,7 @@ from dmdkit import (
     save_checkpoint,
 )
 from dmdkit.extras import require_extra
-from dmdkit.training.ranks import on_any
+from dmdkit.training.ranks import on_any, on_first, rank_and_ranks
 
 require_extra("train", "tyro", "tensorboard", "tqdm")
 
@@ -66,7 +67,9 @@ def parse(
 def device_of(name: str) -> torch.device:
     """The device of a name; "auto" is the first GPU if there is one."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        # torchrun's processes have a GPU each, which is the current one.
+        on_gpu = torch.cuda.is_available()
+        name = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -124,12 +127,14 @@ class Trained:
 
     def average(self, decay: float) -> None:
         """Keeps an average of the weights as well, from now on."""
-        self.ema = ExponentialMovingAverage(self.denoiser.network, (decay,))
+        self.ema = ExponentialMovingAverage(plain(self.denoiser.network), (decay,))
 
     def gradient_norm(self, name: str) -> Tensor:
         """Clips the gradient, and gives its norm before; raises if it is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.denoiser.parameters(), self.max_gradient_norm
+        norm = whole_norm(
+            torch.nn.utils.clip_grad_norm_(
+                self.denoiser.parameters(), self.max_gradient_norm
+            )
         )
         if not bool(norm.isfinite()):
             raise NonFiniteError(
@@ -142,7 +147,7 @@ class Trained:
         self.optimizer.step()
         self.schedule.step()
         if self.ema is not None:
-            self.ema.update(self.denoiser.network)
+            self.ema.update(plain(self.denoiser.network))
         self.optimizer.zero_grad()
 
 
@@ -173,14 +178,15 @@ class RunFolder:
     def start(self, resume: bool, parts: Mapping[str, Any]) -> int:
         """Begins a run or takes up the newest checkpoint; gives the step to go on."""
         file, found = self.out / "settings.json", checkpoints(self.checkpoints)
-        if not resume:
+        # torchrun --max-restarts starts the same command again after a failure.
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if not resume and not (restarted and found):
             if found:
                 raise SystemExit(
                     f"--out: {self.out} holds a run with checkpoints; continue it with "
                     "--resume, or name another folder."
                 )
-            self.out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(self.identity, indent=2) + "\n")
+            on_first(lambda: self._begin(file))
             return 0
         if not found:
             raise SystemExit(f"--resume: there is no checkpoint in {self.checkpoints}.")
@@ -198,15 +204,20 @@ class RunFolder:
         except ValueError as error:
             raise SystemExit(f"--resume: {error}") from error
         assert resumed is not None
-        print(f"Resumed from {resumed.path}.")
+        if rank_and_ranks()[0] == 0:
+            print(f"Resumed from {resumed.path}.")
         return resumed.step
+
+    def _begin(self, file: Path) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(self.identity, indent=2) + "\n")
 
     def save(self, step: int, parts: Mapping[str, Any], keep: int) -> Path:
         """Writes a checkpoint, and removes all but the newest."""
         return save_checkpoint(self.checkpoints, step=step, keep=keep, **parts)
 
     def keep_best(self, checkpoint: Path, about: Mapping[str, Any]) -> None:
-        """Keeps a checkpoint as `best/`, whatever becomes of the original."""
+        """Keeps a checkpoint as `best/`, whatever becomes of the original (rank 0)."""
         best, partial = self.out / "best", self.out / ".best.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(checkpoint, partial, copy_function=_link_or_copy)
@@ -313,8 +324,9 @@ def _step(line: str) -> int:
 
 
 def to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """Reads scalars from the device in one transfer."""
+    """Reads scalars from the device in one transfer, as means over the ranks."""
     values = torch.stack([value.detach().float() for value in scalars.values()])
+    values = averages(values)
     return dict(zip(scalars, values.tolist(), strict=True))
 
 

@@ -109,7 +109,10 @@ PRESETS = {name: replace(Settings(), preset=name, **row) for name, row in ROWS.i
 
 def main(settings: Settings) -> None:
     """Distils, and writes everything to OUT."""
-    distil(settings, lambda given: TextDistillation(given, SDXL_UNET))
+    distil(
+        settings,
+        lambda given, rank, ranks: TextDistillation(given, SDXL_UNET, rank, ranks),
+    )
 
 
 if __name__ == "__main__":

@@ -543,6 +543,10 @@ class TextDistillation(Distillation):
         self.space = latent_space(self.config, self.pipeline, settings.resolution)
         self.open_data()
         self.networks = build_networks(settings, teacher, self.space)
+        self.spread(self.networks.student)
+        if self.networks.critic is not None:
+            self.spread(self.networks.critic)
+        self.spread_teacher(teacher.denoiser)
         self.method = Method(settings)
         self.trained = {
             "student": self.train_with(self.networks.student, settings.student_warmup)
@@ -553,6 +557,11 @@ class TextDistillation(Distillation):
             )
         if settings.ema is not None:
             self.trained["student"].average(settings.ema)
+
+    def spread_teacher(self, teacher: ScoreEstimator) -> None:
+        """Shards the teacher as well, unless adapters stand on it."""
+        if self.settings.lora == "none":
+            self.spread(teacher)
 
     def open_data(self) -> None:
         """Opens what the settings name, before anything large is made."""
@@ -718,12 +727,20 @@ class TextDistillation(Distillation):
             "licence": settings.licence,
             "about": about,
         }
-        student = self.networks.student
-        with self.averaged():
+
+        def write(student: ScoreEstimator) -> None:
             if settings.lora != "none":
                 save_lora_student(folder, student, **told)
             elif self.pipeline is not None:
                 save_pipeline(folder, self.pipeline, student, **told)
+
+        self.write_student(write)
+
+    def unsharded(self, network: nn.Module) -> nn.Module:
+        """A network like a sharded one, to put its gathered weights into."""
+        if isinstance(network, LoRANetwork):
+            return LoRANetwork(self.base, network.rank, network.alpha)
+        return super().unsharded(network)
 
     def name(self) -> str:
         """The teacher's name: that on the hub, or its folder's."""

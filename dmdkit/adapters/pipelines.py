@@ -1,6 +1,7 @@
 """Text-to-image pipelines of diffusers: as a teacher, and for a student to go into."""
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -140,8 +141,12 @@ def few_step_scheduler(
         749, 499, 249) are, it is set to them: `num_inference_steps=4` is enough. Any
         other times, such as (399,), must be passed to the pipeline as `timesteps`.
     """
+    # What other schedulers have beside it would be warned of.
+    known = signature(LCMScheduler.__init__).parameters
     scheduler = LCMScheduler.from_config(
-        dict(config), original_inference_steps=len(times), clip_sample=False
+        {name: value for name, value in config.items() if name in known},
+        original_inference_steps=len(times),
+        clip_sample=False,
     )
     assert isinstance(scheduler, LCMScheduler)
     return scheduler

@@ -104,4 +104,5 @@ class DiffusionGANHead(nn.Module):
             )
         # Contiguous, since oneDNN's bf16 convolutions to a 1x1 map are wrong for
         # channels last (pytorch/pytorch issue 163347).
-        return self.layers(features.float().contiguous()).float().reshape(-1)
+        logits = self.layers(features.float().contiguous()).float().reshape(-1)
+        return logits.clone()  # a view would make FSDP2 warn of changes in place

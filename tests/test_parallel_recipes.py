@@ -1,0 +1,128 @@
+"""The recipes on several processes: what one process computes, bit by bit or nearly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers_pipelines import save_latents, save_prompts, save_sdxl
+from safetensors.torch import load_file
+from torch import Tensor
+
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+
+def torchrun(*command: str | Path, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, "--nproc-per-node", str(ranks), *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+
+
+def reports(folder: Path, *names: str) -> dict[str, str]:
+    """What went wrong in checks of `script_parallel.py`, by name."""
+    pipeline = save_sdxl(folder / "sdxl")
+    save_latents(folder / "latents", pipeline)
+    save_prompts(folder / "p.txt")
+    done = torchrun(TESTS / "script_parallel.py", folder, *names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        name: "".join((folder / f"{name} {rank}.txt").read_text() for rank in (0, 1))
+        for name in names
+    }
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Both optimizers' steps over a cycle, with accumulation and checkpointing on."""
+    found = reports(tmp_path, "ddp lora", "fsdp", "control")
+    assert found.pop("control").count("AssertionError") == 2, "nothing was compared"
+    assert found == {"ddp lora": "", "fsdp": ""}
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_every_strategy(tmp_path: Path) -> None:
+    names = ("ddp", "fsdp lora", "fsdp bf16", "hsdp")
+    assert reports(tmp_path, *names) == dict.fromkeys(names, "")
+
+
+def options(folder: Path) -> list[str | Path]:
+    given: list[str | Path] = ["--pretrained", folder / "sdxl", "--workers", "0"]
+    given += ["--prompts", folder / "p.txt", "--latents", folder / "latents"]
+    given += ["--device", "cpu", "--precision", "fp32", "--batch-size", "4"]
+    return [*given, "--learning-rate", "1e-3", "--checkpoint-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("text")
+    save_latents(top / "latents", save_sdxl(top / "sdxl"))
+    save_prompts(top / "p.txt")
+    return top
+
+
+def train(*given: str | Path, ranks: int = 2, restarts: int = 0) -> str:
+    launcher = ["--max-restarts", str(restarts)] if restarts else []
+    done = torchrun(*launcher, *given, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def student(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    command = [EXAMPLES / "sdxl.py", *options(folder), "--ema", "0.9"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train(*command, "--iterations", "7", "--out", whole)
+    train(*command, "--iterations", "4", "--out", parted)
+    train(*command, "--iterations", "7", "--out", parted, "--resume")
+    one, other = student(whole), student(parted)
+    assert all(torch.equal(v, other[key]) for key, v in one.items())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_strategy_and_number_of_processes(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Without a step in between, weights, moments and averages are those saved."""
+    command = [EXAMPLES / "sdxl.py", *options(folder), "--ema", "0.9"]
+    out = tmp_path / "run"
+    train(*command, "--iterations", "2", "--out", out)
+    expected = student(out)
+    for strategy, ranks in (("fsdp", 2), ("fsdp", 4), ("hsdp", 2), ("ddp", 1)):
+        more = ["--iterations", "2", "--resume", "--strategy", strategy]
+        train(*command, *more, "--out", out, ranks=ranks)
+        found = student(out)
+        assert all(torch.equal(v, found[key]) for key, v in expected.items())
+    train(*command, "--iterations", "4", "--out", out, "--resume", ranks=4)
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_all_and_torchrun_starts_them_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    out, marker = tmp_path / "run", tmp_path / "died"
+    command = [TESTS / "script_dying.py", marker, *options(folder)]
+    said = train(*command, "--iterations", "6", "--out", out, restarts=1)
+    assert marker.is_file()
+    assert "Resumed from" in said
+    whole = tmp_path / "whole"
+    train(EXAMPLES / "sdxl.py", *options(folder), "--iterations", "6", "--out", whole)
+    one, other = student(whole), student(out)
+    assert all(torch.equal(v, other[key]) for key, v in one.items())
