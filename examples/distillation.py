@@ -338,7 +338,8 @@ class Distillation(ABC):
     def unsharded(self, network: torch.nn.Module) -> torch.nn.Module:
         """A network like a sharded one, to put its gathered weights into."""
         assert isinstance(network, UNetNetwork)
-        unet, place = network.unet, network.place
+        unet: Any = network.unet
+        place: Any = network.place
         return UNetNetwork(type(unet).from_config(unet.config), place)
 
     def averaged(self) -> Any:
@@ -462,11 +463,12 @@ def distil(settings: Any, build: Callable[[Any, int, int], Distillation]) -> Non
         torch.set_num_threads(settings.run.threads)
     torch.set_float32_matmul_precision("high")  # TF32 [scripts]
     with processes(settings.run.device) as ranks:
+        folder = RunFolder(settings.run.out, identity(settings))
+        folder.resumes(settings.run.resume)  # before networks are built
         try:
             run = build(settings, ranks.rank, ranks.ranks)
         except ValueError as error:
             raise SystemExit(str(error)) from error
-        folder = RunFolder(settings.run.out, identity(settings))
         try:
             with StopSignals() as stop:
                 seconds = train(run, folder, stop)
@@ -501,6 +503,8 @@ def summarise(run: Distillation, seconds: dict[str, float]) -> None:
     file.write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:<24}{value}")
+    if run.run_settings.evaluate and not (out / "best").is_dir():
+        print(f"No evaluation gave {run.run_settings.best!r}: there is no {out}/best.")
     if command := run.how_to_draw():
         print(f"The student is in {out}/student; draw from it with\n  {command}")
 

@@ -25,7 +25,7 @@ from distillation import (
     require_at_least,
     until_interrupted,
 )
-from runs import device_of, option, parse
+from runs import device_of, open_lpips, option, parse, require_checkpoint
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -38,7 +38,6 @@ from dmdkit import (
     KarrasIndexTime,
     KarrasPreconditioning,
     KarrasWeight,
-    LPIPSDistance,
     NetworkWithHead,
     RegressionLoss,
     RegressionOutput,
@@ -235,6 +234,7 @@ def build_networks(settings: Settings) -> Networks:
 
 def start_from(checkpoint: Path, networks: Networks) -> None:
     """Takes the weights of an earlier phase; its critic may have had no head yet."""
+    require_checkpoint(checkpoint)
     critic = networks.critic.network
     had_head = any(
         name.startswith("head.") for name in saved_parameters(checkpoint, "critic")
@@ -287,7 +287,7 @@ class Method:
         self.simulator = BackwardSimulator(settings.times)
         self.regression_loss = RegressionLoss(squared_distance)
         if settings.regression and settings.regression_distance == "lpips":
-            lpips = LPIPSDistance("vgg", settings.lpips_weights)
+            lpips = open_lpips(settings.lpips_weights)
             lpips.to(device_of(settings.run.device))
             self.regression_loss = RegressionLoss(At224(lpips))
 

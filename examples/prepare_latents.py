@@ -16,6 +16,7 @@ what some of them are decoded to.
 """
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dmdkit.data import LatentKind, ShardWriter, weights_digest
-from dmdkit.data.shard_files import shard_files
+from dmdkit.data.shard_files import INDEX, finished_file, shard_files
 
 SHEET, THUMBNAIL = 16, 256
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,7 +75,7 @@ class Settings:
     """Latents in a file, a multiple of the batch size."""
     rank: int = 0
     ranks: int = 1
-    workers: int = 4
+    workers: int = min(4, os.cpu_count() or 1)
     """Processes that read images; 0: this one."""
     on_bad: Literal["refuse", "skip"] = "refuse"
     """What to do with an unreadable image: stop, or name it and leave it out."""
@@ -301,6 +302,14 @@ def main(settings: Settings) -> None:
         raise SystemExit(str(error)) from error
     rank, dest = settings.rank, settings.dest
     print_left_out(preparation.left_out, f"{settings.source}, in this run")
+    if not preparation.writer.position:
+        # An empty set would stand in the way of the next try.
+        for path in (finished_file(dest, rank), dest / INDEX):
+            path.unlink(missing_ok=True)
+        raise SystemExit(
+            f"{dest}: no image was left, so nothing was written; see --min-size, "
+            "--min-aesthetic."
+        )
     print(f"{dest} holds {preparation.writer.position} latents of rank {rank}.")
     if files := shard_files(dest, rank):
         pictures = decode(vae, load_file(files[0])["latents"][:SHEET], preparation.kind)

@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dmdkit import (
     ExponentialMovingAverage,
+    LPIPSDistance,
     NonFiniteError,
     ScoreEstimator,
     checkpoints,
@@ -92,6 +93,27 @@ def option(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise SystemExit(f"--{name}: {error}") from error
+
+
+def open_lpips(weights: Path | None) -> LPIPSDistance:
+    """LPIPS with VGG, of a file or of torchvision's own weights."""
+    with option("lpips-weights"):
+        try:
+            return LPIPSDistance("vgg", weights)
+        except OSError as error:  # without a network
+            raise ValueError(
+                f"torchvision could not load its vgg16 ({error}); name a file of it."
+            ) from error
+
+
+def require_checkpoint(path: Path) -> None:
+    """Refuses a folder that is no checkpoint, and says where one might be meant."""
+    if checkpoints(path.parent).count(path) or (path / "best.json").is_file():
+        return
+    near = checkpoints(path) or checkpoints(path / "checkpoints")
+    near = near or checkpoints(path.parent) or checkpoints(path.parent / "checkpoints")
+    meant = f"; perhaps {near[-1]} is meant" if near else ""
+    raise ValueError(f"there is no complete checkpoint in {path}{meant}.")
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -175,8 +197,8 @@ class RunFolder:
         self.out, self.identity = out, json.loads(json.dumps(identity, default=str))
         self.checkpoints = out / "checkpoints"
 
-    def start(self, resume: bool, parts: Mapping[str, Any]) -> int:
-        """Begins a run or takes up the newest checkpoint; gives the step to go on."""
+    def resumes(self, resume: bool) -> bool:
+        """Whether a run is to be taken up; refuses what cannot be."""
         file, found = self.out / "settings.json", checkpoints(self.checkpoints)
         # torchrun --max-restarts starts the same command again after a failure.
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -186,19 +208,29 @@ class RunFolder:
                     f"--out: {self.out} holds a run with checkpoints; continue it with "
                     "--resume, or name another folder."
                 )
-            on_first(lambda: self._begin(file))
-            return 0
+            return False
         if not found:
             raise SystemExit(f"--resume: there is no checkpoint in {self.checkpoints}.")
         if not file.is_file():
             raise SystemExit(f"--resume: {file}, the settings of the run, is missing.")
         started = json.loads(file.read_text())
-        for name, value in self.identity.items():
-            if started.get(name) != value:
-                raise SystemExit(
-                    f"--resume: the run in {self.out} was started with {name} = "
-                    f"{started.get(name)}, now it is {value}; use the same."
-                )
+        changed = [
+            f"{name} = {started.get(name)}, now it is {value}"
+            for name, value in self.identity.items()
+            if started.get(name) != value
+        ]
+        if changed:
+            raise SystemExit(
+                f"--resume: the run in {self.out} was started with "
+                f"{'; with '.join(changed)}; use the same."
+            )
+        return True
+
+    def start(self, resume: bool, parts: Mapping[str, Any]) -> int:
+        """Begins a run or takes up the newest checkpoint; gives the step to go on."""
+        if not self.resumes(resume):
+            on_first(self._begin)
+            return 0
         try:
             resumed = load_newest_checkpoint(self.checkpoints, **parts)
         except ValueError as error:
@@ -208,8 +240,9 @@ class RunFolder:
             print(f"Resumed from {resumed.path}.")
         return resumed.step
 
-    def _begin(self, file: Path) -> None:
+    def _begin(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / "settings.json"
         file.write_text(json.dumps(self.identity, indent=2) + "\n")
 
     def save(self, step: int, parts: Mapping[str, Any], keep: int) -> Path:
@@ -234,9 +267,10 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1, which schedulers send before a kill, as a question.
+    """SIGTERM and SIGUSR1, which schedulers send before a kill, and Ctrl-C.
 
     Within it they do not end the process: the loop asks, and stops where it can go on.
+    A second Ctrl-C ends it at once.
     """
 
     def __init__(self) -> None:
@@ -244,7 +278,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -253,7 +287,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGINT and self.name is not None:
+            raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        print(f"{self.name}: saving after this iteration ...", flush=True)
 
     def asked(self) -> bool:
         """Whether any rank was told to stop; the same answer on all."""

@@ -80,6 +80,15 @@ def own_times(name: str) -> tuple[float, ...] | None:
     return read_sidecar(name).times if (Path(name) / SIDECAR).is_file() else None
 
 
+def own_resolution(source: Source) -> int | None:
+    """The resolution that a student was trained at, if its folder says so."""
+    folder = source.lora if source.lora is not None else Path(source.name)
+    folder = folder.parent if folder.name in (FILE_NAME, KOHYA_NAME) else folder
+    if not (folder / SIDECAR).is_file():
+        return None
+    return read_sidecar(folder).about.get("resolution")
+
+
 class TextModel:
     """A student or a teacher and its sampler: from prompts and seeds to pixels."""
 
@@ -95,7 +104,8 @@ class TextModel:
             pipeline.unet.to(torch.bfloat16)
         pipeline.unet.requires_grad_(False)
         self.pipeline: Any = pipeline.to(self.device)
-        self.space = latent_space(pipeline.unet.config, pipeline, settings.resolution)
+        resolution = settings.resolution or own_resolution(source)
+        self.space = latent_space(pipeline.unet.config, pipeline, resolution)
         denoiser = denoiser_of(pipeline, source)
         self.denoiser: ScoreEstimator | ClassifierFreeGuidance = denoiser
         self.sampler: BackwardSimulator | EulerSampler

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def draw(
 def save_single(
     source: Source, pictures: list[Picture], settings: Settings, bar: tqdm
 ) -> None:
-    """Draws from one model: a grid with a row for each prompt, single images, both."""
+    """Draws from one model: a grid, single images, or both."""
     out, kept = settings.out, []
     partial = None if out is None else partial_of(out)
     model = TextModel(source, settings)
@@ -86,11 +87,16 @@ def save_single(
         partial.rename(out)
         print(f"Wrote {len(pictures)} images and prompts.jsonl to {out}.")
     if settings.grid is not None:
-        columns = settings.images_per_prompt
+        each = settings.images_per_prompt
+        # A row for each prompt, but a block where there would be one row or column.
+        prompts = [picture.prompt for picture in pictures[::each]]
+        block = each == 1 or len(prompts) == 1
+        columns = math.ceil(math.sqrt(len(pictures))) if block else each
         save_png(grid_of(torch.cat(kept), columns), settings.grid)
-        print(f"Wrote {settings.grid}, by {model.about}; its rows are:")
-        for row, picture in enumerate(pictures[::columns], 1):
-            print(f"{row:4d}  {picture.prompt}")
+        what = "row by row" if block else "a row each"
+        print(f"Wrote {settings.grid}, by {model.about}; its prompts, {what}:")
+        for number, prompt in enumerate(prompts, 1):
+            print(f"{number:4d}  {prompt}")
 
 
 def save_prompts(pictures: list[Picture], path: Path) -> None:

@@ -11,8 +11,11 @@ paper is silent, or "ours". `--help` shows the settings of the preset given. The
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+    StableDiffusionPipeline,
+)
 from distillation import Run, RunSettings, distil, refusal, until_interrupted
 from runs import parse
 from text_models import SD15_UNET
@@ -25,6 +28,7 @@ Preset = Literal["stage1", "stage2", "shared-adapters"]
 class Settings(TextSettings):
     """Distils SD1.5 with DMD2. Sources of values are in brackets."""
 
+    kind: ClassVar[type] = StableDiffusionPipeline
     preset: Preset = "stage1"
     """Which training of section F.3 the other settings start from."""
     pretrained: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"

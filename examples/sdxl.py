@@ -11,8 +11,11 @@ has the whole recipe.
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import (
+    StableDiffusionXLPipeline,
+)
 from distillation import Run, RunSettings, distil, refusal, until_interrupted
 from runs import parse
 from text_models import SDXL_UNET
@@ -33,6 +36,7 @@ Preset = Literal[
 class Settings(TextSettings):
     """Distils SDXL with DMD2. Sources of values are in brackets."""
 
+    kind: ClassVar[type] = StableDiffusionXLPipeline
     preset: Preset = "four-step"
     """Which training of section F.4 or row of Table 4 the other settings start from."""
     pretrained: str = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -60,6 +60,7 @@ def open_pipeline(
     one out.
     """
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
     name = option if option.isupper() else f"--{option}"
     local = local_files_only or Path(source).is_dir()
@@ -81,6 +82,8 @@ def open_pipeline(
             "pipeline of SD1.x, SD2.x or SDXL."
         )
     pipeline.set_progress_bar_config(disable=True)
+    # Else every prompt of more than 77 tokens, which are cut, would be printed.
+    logging.set_verbosity_error()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module) and part.dtype != torch.float32:
             part.float()  # text encoders come in the precision of their file

@@ -7,7 +7,7 @@ student and critic are three UNets, or one UNet and adapters on it (`--lora`).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from distillation import (
@@ -18,7 +18,7 @@ from distillation import (
     refusal,
     require_at_least,
 )
-from runs import device_of, option
+from runs import device_of, open_lpips, option, require_checkpoint
 from text_models import (
     LatentSpace,
     decode,
@@ -37,7 +37,6 @@ from dmdkit import (
     DiffusionGANLoss,
     DiscreteUniformTime,
     DistributionMatchingLoss,
-    LPIPSDistance,
     NetworkWithHead,
     NoisedData,
     RegressionLoss,
@@ -80,6 +79,8 @@ PICTURES = 16
 class TextSettings:
     """Distils a text-to-image teacher with DMD2. Sources of values are in brackets."""
 
+    kind: ClassVar[type]
+    """The class of pipeline that is distilled."""
     preset: str
     """Which training the other settings start from."""
 
@@ -198,6 +199,11 @@ class TextSettings:
             raise SystemExit("--times: expected at least one timestep.")
         if not self.random_init:
             self.check_data()
+        for name in ("prompts", "latents", "pairs", "lpips_weights", "start_from"):
+            given = getattr(self, name) or ()
+            for path in given if isinstance(given, tuple) else (given,):
+                if not path.exists():
+                    raise refusal(name, path, "there is no such file or folder")
 
     def check_data(self) -> None:
         """Refuses a training that lacks its data."""
@@ -256,6 +262,12 @@ def open_teacher(settings: TextSettings, unet_config: dict[str, Any]) -> Teacher
             "pretrained",
             local_files_only=settings.local_files_only,
         )
+        if not isinstance(pipeline, settings.kind):
+            raise refusal(
+                "pretrained",
+                f"{settings.pretrained} is a {type(pipeline).__name__}",
+                f"this recipe distils a {settings.kind.__name__}",
+            )
         with option("pretrained"):
             denoiser = teacher_from_pipeline(pipeline)
         pipeline.to(device)
@@ -346,6 +358,7 @@ def start_from(path: Path, networks: Networks) -> None:
         else:
             load_unet_weights(network_of(networks.student).unet, path)
         return
+    require_checkpoint(path)
     modules: dict[str, nn.Module] = {"student": student}
     names = saved_parameters(path, "critic")
     if names and networks.critic is not None:
@@ -421,8 +434,9 @@ class Method:
         self.gan_loss = DiffusionGANLoss(DiscreteUniformTime())
         self.regression_loss = RegressionLoss()
         if settings.regression:
-            lpips = LPIPSDistance("vgg", settings.lpips_weights)
-            distance = DecodedDistance(open_tiny_vae(settings), lpips)
+            distance = DecodedDistance(
+                open_tiny_vae(settings), open_lpips(settings.lpips_weights)
+            )
             self.regression_loss = RegressionLoss(
                 distance.to(device_of(settings.run.device))
             )

@@ -125,7 +125,7 @@ def test_convert_train_kill_resume_draw(
         assert picture.size == (3 * 18 + 2, 8 * 18 + 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_scheduler_s_signal_saves_and_ends_the_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -169,6 +169,15 @@ def test_filters_leave_out_and_count(tmp_path: Path, pipeline: Path, capsys) -> 
     assert rows(prepare(source, tmp_path / "b", pipeline, *none)) == list(range(10))
 
 
+def test_nothing_left_is_an_error_and_no_obstacle(
+    tmp_path: Path, pipeline: Path
+) -> None:
+    source = collection(tmp_path / "images", 3)
+    with pytest.raises(SystemExit, match="no image was left, so nothing was written"):
+        prepare(source, tmp_path / "a", pipeline, "--min-size", "1000")
+    assert len(prepare(source, tmp_path / "a", pipeline)) == 3
+
+
 def test_sizes_and_names_of_columns_of_its_own(tmp_path: Path, pipeline: Path) -> None:
     source = collection(
         tmp_path / "images",

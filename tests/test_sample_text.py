@@ -144,9 +144,22 @@ def test_a_student_s_images_are_backward_simulation_s(
     for i, image in enumerate(pngs(out)):
         y, x = 2 + i // 3 * 66, 2 + i % 3 * 66
         assert np.array_equal(grid[y : y + 64, x : x + 64], image)
-    assert "by 4 steps; its rows are:\n   1  a cat\n   2  two dogs\n" in (
-        capsys.readouterr().out
-    )
+    said = "by 4 steps; its prompts, a row each:\n   1  a cat\n   2  two dogs\n"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("prompts", "each"), [(5, 1), (1, 5)])
+def test_what_would_be_one_row_or_column_is_a_block(
+    top: Path, tmp_path: Path, prompts: int, each: int
+) -> None:
+    given = [f"prompt {i}" for i in range(prompts)]
+    common = [top / "sd15-student", "--prompts", *given, "--images-per-prompt", each]
+    draw(*common, "--grid", tmp_path / "grid.png", "--out", tmp_path / "out")
+    grid = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+    assert grid.shape == (2 * 66 + 2, 3 * 66 + 2, 3)
+    for i, image in enumerate(pngs(tmp_path / "out")):
+        y, x = 2 + i // 3 * 66, 2 + i % 3 * 66
+        assert np.array_equal(grid[y : y + 64, x : x + 64], image)
 
 
 @pytest.mark.parametrize("model", ["sdxl-student", "sdxl"])

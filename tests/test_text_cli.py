@@ -404,7 +404,14 @@ def lines(error: pytest.ExceptionInfo[SystemExit]) -> str:
         ("--pretrained nowhere --prompts P --latents LXL", "--pretrained nowhere: it"),
         ("--pretrained SDXL --latents LXL", "--prompts: missing; what the student"),
         ("--pretrained SDXL --prompts P", "--latents: missing; --gan needs them"),
-        ("--pretrained SDXL --prompts no.txt --latents LXL", "--prompts: path: there"),
+        (
+            "--pretrained SDXL --prompts no.txt --latents LXL",
+            "--prompts: no.txt; there",
+        ),
+        (
+            "--pretrained SD15 --prompts P --latents L15",
+            "recipe distils a StableDiffus",
+        ),
         ("--pretrained SDXL --prompts P --latents L15", "--latents: folders:"),
         ("--pretrained SDXL --prompts P --latents P", "--latents: "),
         ("--pretrained SDXL --prompts J --latents LXL", "no column 'prompt'"),
@@ -437,6 +444,58 @@ def test_what_cannot_run_is_said_in_one_line(
     with pytest.raises(SystemExit) as error:
         train(sdxl, *given, "--out", tmp_path / "run")
     assert message in lines(error)
+
+
+def test_without_torchvision_s_weights_a_file_is_asked_for(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "pairs"
+    common: list[str | Path] = [folders["SDXL"], made, "--prompts", folders["P"]]
+    pairs(*common, "--steps", "2", "--count", "2")
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("lpips.LPIPS", offline)
+    options: list[str | Path] = ["--preset", "one-step-pretrain", "--pairs", made]
+    options += ["--pretrained", folders["SDXL"], "--tiny-vae", folders["TINY"]]
+    with pytest.raises(SystemExit, match="name a file of it") as error:
+        train(sdxl, *options, "--out", tmp_path / "run")
+    lines(error)
+
+
+def test_a_checkpoint_that_is_meant_is_named(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    common: list[str | Path] = ["--pretrained", folders["SD15"]]
+    common += ["--prompts", folders["P"], "--iterations", "5"]
+    first = tmp_path / "first"
+    train(sd15, *common, "--out", first)
+    for wrong in (first, first / "checkpoints", first / "student"):
+        with pytest.raises(SystemExit, match="step-00000005 is meant") as error:
+            train(sd15, *common, "--out", tmp_path / "x", "--start-from", wrong)
+        lines(error)
+
+
+def test_what_is_written_may_be_read_by_others(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    before = os.umask(0o022)
+    try:
+        options = [*data(folders), "--preset", "four-step-lora", "--lora-rank", "2"]
+        train(sdxl, *options, "--iterations", "1", "--out", tmp_path / "run")
+        pairs(
+            *(folders["SDXL"], tmp_path / "pairs", "--prompts", folders["P"]),
+            *("--steps", "2", "--count", "1"),
+        )
+    finally:
+        os.umask(before)
+    written = [
+        *(tmp_path / "run" / "student").iterdir(),
+        *(tmp_path / "pairs").iterdir(),
+    ]
+    assert {path.suffix for path in written} >= {".safetensors", ".json"}
+    assert {oct(path.stat().st_mode & 0o777) for path in written} == {"0o644"}
 
 
 def test_pairs_of_something_else_are_not_mixed(

@@ -18,6 +18,7 @@ import diffusers
 
 import dmdkit.diffusion as diffusion
 from dmdkit._checked import describe
+from dmdkit._files import open_to_umask
 from dmdkit.adapters.diffusers import FeaturePlace, UNetNetwork
 from dmdkit.diffusion import NoiseProcess, Parameterization, ScoreEstimator
 
@@ -100,6 +101,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    open_to_umask(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

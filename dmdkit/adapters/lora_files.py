@@ -90,7 +90,10 @@ def save_lora(
     file = _file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode
     save_file(state, partial, metadata)
+    partial.chmod(mode)  # safetensors leaves files to their owner alone
     partial.replace(file)
     return file
 

@@ -50,7 +50,7 @@ def pipeline_card(
     code = f"""from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("this/folder")
-{_draw(times, own_times)}"""
+{_draw(times, own_times, told)}"""
     return _card("student", times, code, told)
 
 
@@ -72,14 +72,22 @@ pipe.load_lora_weights("this/folder")
 pipe.scheduler = LCMScheduler.from_config(
     pipe.scheduler.config, original_inference_steps={len(times)}
 )
-{_draw(times, own_times)}"""
+{_draw(times, own_times, told)}"""
     return _card("LoRA", times, code, told)
 
 
-def _draw(times: Times, own_times: bool) -> str:
+def _draw(times: Times, own_times: bool, told: Mapping[str, Any]) -> str:
     steps = [int(t) for t in times]
-    call = f"num_inference_steps={len(steps)}" if own_times else f"timesteps={steps}"
-    return f'image = pipe("a photo of a cat", {call}, guidance_scale=0).images[0]'
+    if own_times:
+        note, call = "", f"num_inference_steps={len(steps)}"
+    else:
+        note = "# diffusers warns of the first timestep; it is meant so.\n"
+        call = f"timesteps={steps}"
+    if size := told.get("resolution"):
+        call += f", height={size}, width={size}"
+    return f"""{note}image = pipe(
+    "a photo of a cat", {call}, guidance_scale=0
+).images[0]"""
 
 
 def _card(what: str, times: Times, code: str, told: Mapping[str, Any]) -> str:

@@ -153,10 +153,16 @@ class ShardWriter:
             self._write_whole(self.folder / INDEX, _as_json(self._index._asdict()))
         found = read_index(self.folder)
         if found != self._index:
+            before = {**found.about, "ranks": found.ranks}
+            now = {**self._index.about, "ranks": self._index.ranks}
+            changed = [
+                f"{name} = {before.get(name)}, now it is {now.get(name)}"
+                for name in {**before, **now}
+                if before.get(name) != now.get(name)
+            ]
             raise ValueError(
-                f"folder: {self.folder} was begun with about={found.about}, "
-                f"ranks={found.ranks}, now about={self._index.about}, "
-                f"ranks={self._index.ranks}; use the same, or another folder."
+                f"folder: {self.folder} was begun with {'; with '.join(changed)}; use "
+                "the same, or another folder."
             )
 
     def _write(self, count: int) -> None:
@@ -181,6 +187,9 @@ class ShardWriter:
         """Writes a file under another name, which it loses when it is on disk."""
         partial = path.with_name(f".{path.name}.rank-{self.rank:04d}.partial")
         write(partial)
+        if (self.folder / INDEX).is_file():
+            # safetensors leaves files to their owner alone, whatever the umask.
+            partial.chmod((self.folder / INDEX).stat().st_mode)
         _flush(partial)
         partial.replace(path)
         _flush(self.folder)

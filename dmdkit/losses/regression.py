@@ -4,6 +4,7 @@ DMD needs it throughout; DMD2 keeps it only to warm up the one-step SDXL student
 (section F.4).
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +106,16 @@ class LPIPSDistance(nn.Module):
             raise ValueError(f"backbone: got {backbone!r}, expected one of {known}.")
         import lpips
 
-        self.lpips = lpips.LPIPS(
-            net=backbone,
-            verbose=False,
-            pnet_rand=weights is not None,
-            pretrained=True,
-            eval_mode=True,
-        )
+        with warnings.catch_warnings():
+            # lpips calls torchvision's models in the way of torchvision 0.12.
+            warnings.filterwarnings("ignore", module="torchvision.models._utils")
+            self.lpips = lpips.LPIPS(
+                net=backbone,
+                verbose=False,
+                pnet_rand=weights is not None,
+                pretrained=True,
+                eval_mode=True,
+            )
         if weights is not None:
             self._load_backbone(Path(weights))
         self.requires_grad_(False).eval()
