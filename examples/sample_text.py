@@ -139,12 +139,16 @@ def save_comparison(
 
 
 def titles_of(sources: list[Source]) -> list[str]:
-    """Short names of the models, whole ones where short ones are alike."""
-    short = [Path(source.title).name for source in sources]
-    return [
-        name if short.count(name) == 1 else source.title
-        for name, source in zip(short, sources, strict=True)
-    ]
+    """The ends of the models' paths, as much of them as tells one from another."""
+    paths = [Path(source.title).parts for source in sources]
+
+    def end(parts: tuple[str, ...]) -> str:
+        for n in range(1, len(parts)):
+            if sum(other[-n:] == parts[-n:] for other in paths) == 1:
+                return "/".join(parts[-n:])
+        return str(Path(*parts))
+
+    return [end(parts) for parts in paths]
 
 
 def draw_text(settings: Settings) -> None:

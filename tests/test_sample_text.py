@@ -272,7 +272,8 @@ def test_a_comparison_s_columns_are_the_models_own_images(
     picture = tmp_path / "new" / "compare.png"
     draw(models[0], "--compare", *models[1:], *prompts, "--grid", picture, "--steps", 3)
     titles = capsys.readouterr().out
-    assert f"  {models[0]}: 4 steps\n  {models[1]}: 2 steps\n" in titles
+    first = f"{top.name}/sdxl-student"
+    assert f"  {first}: 4 steps\n  two/sdxl-student: 2 steps\n" in titles
     assert "\n  sdxl: 3 steps, guidance 5\n" in titles
     canvas = np.asarray(Image.open(picture)).astype(int)
     rows: list[int] = []
