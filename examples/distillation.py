@@ -367,9 +367,10 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
     """The loop: iterations, log, pictures, checkpoints, evaluation."""
     settings, out, monitor = run.settings, run.run_settings.out, Monitor()
     watch = run.run_settings
-    best = Best(watch.best, out / "best" if watch.resume else None)
     parts = run.parts_of_checkpoint(monitor=monitor)
     start = folder.start(watch.resume, parts)
+    # Not by --resume: torchrun's restarts go on as well.
+    best = Best(watch.best, out / "best" if start else None)
     if start > settings.iterations:
         raise SystemExit(
             f"--iterations {settings.iterations}: the run has made {start} already."
