@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+import parallel
 import torch
 import tyro
 from parallel import (
     Strategy,
     gradients_stay,
-    mesh_of,
     plain,
     processes,
     share,
@@ -37,6 +37,7 @@ from runs import (
     device_of,
     grid_of,
     peak_memory_gib,
+    require_finite_norm,
     require_wandb,
     run_evaluation,
     save_png,
@@ -273,7 +274,7 @@ class Distillation(ABC):
         student step before the critic's backward, so that its gradient is freed.
         """
         turn = self.ttur.generator_turn(step)
-        rung = self.method.simulator.draw_rung(self.rung_generator)
+        rung = self.draw_rung()
         share, metrics = 1 / self.parts, {}
         networks = [part.denoiser.network for part in self.trained.values()]
         for part in range(1, self.parts + 1):
@@ -312,10 +313,19 @@ class Distillation(ABC):
             metrics |= {f"{name}/{key}": v for key, v in output.metrics.items()}
         return metrics
 
+    def require_finite_gradient(self, norm: Tensor, name: str) -> None:
+        """Stops the run before a step if a gradient is not finite."""
+        require_finite_norm(norm, name)
+
+    def draw_rung(self) -> int:
+        """Draws the rung of an iteration, the same on all processes."""
+        return self.method.simulator.draw_rung(self.rung_generator)
+
     def update(self, name: str) -> dict[str, Tensor]:
         """Clips the gradient and, if it is finite, takes a step."""
         trained = self.trained[name]
-        norm = trained.gradient_norm(name)
+        norm = trained.clip()
+        self.require_finite_gradient(norm, name)
         trained.step()
         return {f"{name}/gradient_norm": norm}
 
@@ -324,7 +334,7 @@ class Distillation(ABC):
         if self.ranks == 1:
             return
         strategy = self.run_settings.strategy
-        mesh = None if strategy == "ddp" else mesh_of(strategy, self.device)
+        mesh = None if strategy == "ddp" else parallel.mesh_of(strategy, self.device)
         low = self.settings.precision == "bf16"
         for denoiser in denoisers:
             share(denoiser, strategy, mesh, low_precision=low)

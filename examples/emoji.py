@@ -1,7 +1,5 @@
 """Distils the emoji teacher, a text-to-image model, to students of few calls.
 
-    python examples/emoji_teacher.py       # about two hours; not shipped yet
-    python examples/emoji_evaluation.py    # the teacher's own numbers
     python examples/emoji.py
 
 The full DMD2 of the Stable Diffusion recipes, small enough for a CPU: guidance with the
@@ -51,7 +49,15 @@ from emoji_report import (
     save_comparison,
     save_curves,
 )
-from runs import Log, RunFolder, Trained, checkpoint_parts, save_png, to_floats
+from runs import (
+    Log,
+    RunFolder,
+    Trained,
+    checkpoint_parts,
+    require_finite_norm,
+    save_png,
+    to_floats,
+)
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -126,7 +132,7 @@ class Settings:
     """Of the CPU."""
     student: Path | None = None
     """Only draw from this exported student: the prompts that follow."""
-    prompts: tuple[str, ...] = ("rocket", "face", "clock", "smiling face")
+    prompts: tuple[str, ...] = ("rocket", "face", "moon", "smiling face")
     """What to draw from `student`."""
 
     def __post_init__(self) -> None:
@@ -228,7 +234,7 @@ class Distillation:
         losses |= self.critic_losses(x.detach(), cond)
         monitor.require_finite(**losses)
         for name in ("student", "critic") if generator_turn else ("critic",):
-            self.trained[name].gradient_norm(name)
+            require_finite_norm(self.trained[name].clip(), name)
         for name in ("student", "critic") if generator_turn else ("critic",):
             self.trained[name].step()
         metrics: dict[str, Tensor] = {}

@@ -1,7 +1,8 @@
 """What the emoji examples share: data, prompts, networks, files.
 
-The data are 1,339 emoji of the font Noto Color Emoji, 32x32 pixels on white, with their
-Unicode names as prompts (see emoji_data.py). The networks see each picture as a latent
+The data are 459 emoji of the font Noto Color Emoji (plants, food, animals, faces,
+vehicles), 32x32 pixels on white, with their Unicode names as prompts (see
+emoji_data.py). The networks see each picture as a latent
 of 12 channels and 16x16 places: the four pixels of a place side by side. That is a
 mere rearrangement, it loses nothing, and it takes the place of a VAE.
 """
@@ -177,7 +178,7 @@ class TextEncoder(nn.Module):
 def random_caption(name: str, generator: torch.Generator) -> str:
     """A random, not empty subset of a name's words, in order.
 
-    So "face" and "heart" are prompts as well, each with many true pictures.
+    So "face" and "moon" are prompts as well, each with many true pictures.
     """
     words = name.split()
     kept = torch.rand(len(words), generator=generator) < 0.5

@@ -20,16 +20,9 @@ GAP = 4
 """White pixels between pictures."""
 SHOWN = (
     *("rocket", "slice of pizza", "tiger face", "cactus", "penguin", "green apple"),
-    *(
-        "grinning face",
-        "alarm clock",
-        "blue heart",
-        "automobile",
-        "soccer ball",
-        "rainbow",
-    ),
-    *("face", "heart", "clock", "cat", "moon", "square"),
-    *("hand", "person", "star", "flag", "tree", "smiling face"),
+    *("grinning face", "octopus", "strawberry", "automobile", "sunflower", "rainbow"),
+    *("face", "moon", "cat", "cloud", "monkey", "rice"),
+    *("person", "train", "tree", "fish", "bus", "smiling face"),
 )
 """Twelve names and twelve prompts that several names share."""
 

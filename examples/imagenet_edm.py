@@ -76,7 +76,8 @@ class Settings:
     teacher: Path | None = None
     """Folder that examples/convert_edm.py wrote."""
     random_init: bool = False
-    """A teacher of the real size with random weights, to measure time and memory."""
+    """A teacher of the real size with random weights, and random images and pairs where
+    none are given, to measure time and memory."""
     images: Path | None = None
     """Real images for the GAN: an EDM data set (zip or folder with dataset.json), or a
     folder of class folders."""
@@ -162,7 +163,8 @@ class Settings:
         if not self.times:
             raise SystemExit("--times: expected at least one sigma.")
         for needs, name in (("gan", "images"), ("regression", "pairs")):
-            if getattr(self, needs) and getattr(self, name) is None:
+            missing = getattr(self, name) is None and not self.random_init
+            if getattr(self, needs) and missing:
                 raise refusal(name, "missing", f"--{needs} needs it, or --no-{needs}")
 
 
@@ -416,9 +418,9 @@ class ImageNetDistillation(Distillation):
             )
         self.method = Method(settings, parameterization.sigma_data)
         self.spread(*self.networks)
-        if settings.gan:
+        if settings.gan and settings.images is not None:
             self.stream("images", self.real_images())
-        if settings.regression:
+        if settings.regression and settings.pairs is not None:
             self.stream("pairs", self.noise_image_pairs())
         self.trained = {
             "student": self.train_with(self.networks.student, settings.student_warmup),
@@ -469,6 +471,8 @@ class ImageNetDistillation(Distillation):
                 images=to_images(pixels, self.device),
                 image_labels=image_labels.to(self.device) if self.classes else None,
             )
+        elif self.settings.gan:  # random weights need no data
+            batch = batch._replace(images=torch.randn_like(noise), image_labels=labels)
         if "pairs" in self.streams:
             pair = next(self.streams["pairs"])
             pair = {name: v.to(self.device) for name, v in pair.items()}
@@ -476,6 +480,11 @@ class ImageNetDistillation(Distillation):
                 pair_noise=pair["noise"].float(),
                 pair_images=pair["images"].float(),
                 pair_labels=pair["labels"] if self.classes else None,
+            )
+        elif self.settings.regression:
+            images = torch.randn_like(noise)
+            batch = batch._replace(
+                pair_noise=noise, pair_images=images, pair_labels=labels
             )
         return batch
 
@@ -537,9 +546,12 @@ class ImageNetDistillation(Distillation):
         return f"python examples/sample.py {student} --grid samples.png"
 
 
+build = ImageNetDistillation
+
+
 def main(settings: Settings) -> None:
     """Distils, and writes everything to OUT."""
-    distil(settings, ImageNetDistillation)
+    distil(settings, build)
 
 
 if __name__ == "__main__":

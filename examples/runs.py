@@ -143,6 +143,7 @@ class Trained:
             learning_rate,
             betas=(0.9, 0.999),  # paper, sections F.2 to F.4
             weight_decay=weight_decay,
+            fused=True,  # else there are temporaries as large as the weights
         )
         self.schedule: LRScheduler = linear_warmup(self.optimizer, warmup)
         self.ema: ExponentialMovingAverage | None = None
@@ -151,18 +152,12 @@ class Trained:
         """Keeps an average of the weights as well, from now on."""
         self.ema = ExponentialMovingAverage(plain(self.denoiser.network), (decay,))
 
-    def gradient_norm(self, name: str) -> Tensor:
-        """Clips the gradient, and gives its norm before; raises if it is not finite."""
-        norm = whole_norm(
-            torch.nn.utils.clip_grad_norm_(
-                self.denoiser.parameters(), self.max_gradient_norm
-            )
+    def clip(self) -> Tensor:
+        """Clips the gradient, and gives its norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.denoiser.parameters(), self.max_gradient_norm
         )
-        if not bool(norm.isfinite()):
-            raise NonFiniteError(
-                f"the gradient of the {name} is not finite; no step was taken."
-            )
-        return norm
+        return whole_norm(norm)
 
     def step(self) -> None:
         """Takes the optimizer's step and what follows it, and frees the gradient."""
@@ -171,6 +166,14 @@ class Trained:
         if self.ema is not None:
             self.ema.update(plain(self.denoiser.network))
         self.optimizer.zero_grad()
+
+
+def require_finite_norm(norm: Tensor, name: str) -> None:
+    """Stops a run before a step if the norm of a gradient is not finite."""
+    if not bool(norm.isfinite()):
+        raise NonFiniteError(
+            f"the gradient of the {name} is not finite; no step was taken."
+        )
 
 
 def checkpoint_parts(

@@ -87,12 +87,14 @@ and layers of the official LoRA script (which is SDXL's) and both losses from th
 PRESETS = {name: replace(Settings(), preset=name, **row) for name, row in ROWS.items()}
 
 
+def build(settings: Settings, rank: int = 0, ranks: int = 1) -> TextDistillation:
+    """The recipe's networks, losses and data, as one of several processes."""
+    return TextDistillation(settings, SD15_UNET, rank, ranks)
+
+
 def main(settings: Settings) -> None:
     """Distils, and writes everything to OUT."""
-    distil(
-        settings,
-        lambda given, rank, ranks: TextDistillation(given, SD15_UNET, rank, ranks),
-    )
+    distil(settings, build)
 
 
 if __name__ == "__main__":

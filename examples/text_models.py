@@ -1,5 +1,6 @@
 """What the text-to-image examples share: pipelines, latents, networks at full size."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,28 @@ SDXL_UNET: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 """The UNet of SDXL: 2,567,463,684 parameters."""
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+"""The text encoder of SD1.5, and the first of SDXL: 123,060,480 parameters."""
+CLIP_BIG_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+"""The second text encoder of SDXL: 694,659,840 parameters."""
+VAE: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+"""The VAE of SD1.5 and of SDXL: 83,653,863 parameters."""
 
 
 def open_pipeline(
@@ -97,6 +120,44 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     z = latents.to(weight) / vae.config["scaling_factor"]
     z = z + (vae.config.get("shift_factor") or 0.0)
     return torch.cat([vae.decode(z[i : i + 1]).sample.float() for i in range(len(z))])
+
+
+def config_of(source: str, part: str, default: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a pipeline's part: the folder's, if it is one, or another.
+
+    So networks of random weights have the shape of a local teacher.
+    """
+    file = Path(source) / part / "config.json"
+    if not file.is_file():
+        return default
+    config = json.loads(file.read_text())
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def parts_beside(source: str, kind: type) -> dict[str, int]:
+    """Parameters of what a pipeline has beside its UNet, counted without memory."""
+    from diffusers import AutoencoderKL
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+    )
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    def text(part: str, default: dict[str, Any]) -> CLIPTextConfig:
+        return CLIPTextConfig(**config_of(source, part, default))
+
+    with torch.device("meta"):
+        found = {
+            "vae": count(AutoencoderKL(**config_of(source, "vae", VAE))),
+            "text_encoder": count(CLIPTextModel(text("text_encoder", CLIP_L))),
+        }
+        if issubclass(kind, StableDiffusionXLPipeline):
+            second = CLIPTextModelWithProjection(text("text_encoder_2", CLIP_BIG_G))
+            found["text_encoder_2"] = count(second)
+    return found
 
 
 class LatentSpace(NamedTuple):

@@ -21,6 +21,7 @@ from distillation import (
 from runs import device_of, open_lpips, option, require_checkpoint
 from text_models import (
     LatentSpace,
+    config_of,
     decode,
     latent_space,
     open_pipeline,
@@ -89,8 +90,8 @@ class TextSettings:
     local_files_only: bool = False
     """Never ask the hub."""
     random_init: bool = False
-    """A UNet of the real size with random weights, and random prompts and latents
-    where none are given, to measure time and memory."""
+    """A UNet of the real size, or of PRETRAINED's if that is a folder, with random
+    weights, and random prompts, latents and pairs, to measure time and memory."""
     resolution: int | None = None
     """Height and width of the images; None is what the UNet was made for."""
     prompts: Path | None = None
@@ -277,7 +278,8 @@ def open_teacher(settings: TextSettings, unet_config: dict[str, Any]) -> Teacher
         return Teacher(denoiser, unconditional_of(pipeline), pipeline)
     # Adapters need no copy in fp32, so the weights can be drawn in the teacher's dtype.
     low = settings.precision == "bf16" and settings.lora == "both"
-    unet: Any = random_unet(unet_config, torch.bfloat16 if low else torch.float32)
+    config = config_of(settings.pretrained, "unet", unet_config)
+    unet: Any = random_unet(config, torch.bfloat16 if low else torch.float32)
     denoiser = ScoreEstimator(
         UNetNetwork(unet.to(device)),
         DiscreteVariancePreserving.scaled_linear(),
@@ -388,6 +390,8 @@ def open_tiny_vae(settings: TextSettings) -> nn.Module:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     name = settings.tiny_vae
+    if settings.random_init and not Path(name).is_dir():
+        return AutoencoderTiny()
     try:
         vae: Any = AutoencoderTiny.from_pretrained(
             name, local_files_only=settings.local_files_only or Path(name).is_dir()

@@ -65,7 +65,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_names_are_unique_and_each_has_a_picture() -> None:
-    assert len(EMOJI.names) == len(set(EMOJI.names)) == len(EMOJI.images) == 1339
+    assert len(EMOJI.names) == len(set(EMOJI.names)) == len(EMOJI.images) == 459
     assert EMOJI.images.shape[1:] == (3, 32, 32)
     assert EMOJI.images.min() >= -1
     assert EMOJI.images.max() == 1
@@ -77,12 +77,12 @@ def test_names_are_unique_and_each_has_a_picture() -> None:
 @pytest.mark.parametrize(
     ("name", "strongest"),
     [
-        ("heavy black heart", 0),  # Unicode's name of the red heart
-        ("large red square", 0),
-        ("large green circle", 1),
+        ("red apple", 0),
+        ("tomato", 0),
         ("green apple", 1),
-        ("blue heart", 2),
-        ("large blue square", 2),
+        ("broccoli", 1),
+        ("blueberries", 2),
+        ("water wave", 2),
     ],
 )
 def test_names_and_pictures_line_up(name: str, strongest: int) -> None:
@@ -101,7 +101,7 @@ def test_a_sheet_comes_back_the_same(tmp_path: Path) -> None:
     back = ((images + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8)
     assert np.array_equal(back.numpy(), pictures)
     (tmp_path / "n.txt").write_text("only one\n")
-    with pytest.raises(SystemExit, match=r"has 1 names, .* has 2x42 pictures; write"):
+    with pytest.raises(SystemExit, match=r"has 1 names, .* has 2x25 pictures; write"):
         load_emoji(tmp_path / "s.png", tmp_path / "n.txt")
 
 
@@ -142,9 +142,9 @@ def test_a_prompt_is_neither_cut_nor_guessed() -> None:
     vocabulary = Vocabulary(EMOJI.names)
     with pytest.raises(ValueError, match="has 10 words, at most 9 fit; shorten it"):
         vocabulary.tokens(["rocket", "face " * 10])
-    near = r"'hart' is no word .* such as .*heart"
+    near = r"'appel' is no word .* such as .*apple"
     with pytest.raises(ValueError, match=near) as error:
-        vocabulary.tokens(["red hart"])
+        vocabulary.tokens(["red appel"])
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"choose others\."):
         vocabulary.tokens(["0123456789"])
@@ -174,7 +174,7 @@ def test_shares_of_captions_are_as_asked() -> None:
 
 def test_the_encoder_tells_prompts_apart_and_the_same_alike() -> None:
     with torch.no_grad():
-        together = encoder().encode(["face", "heart", "face"]).text
+        together = encoder().encode(["face", "moon", "face"]).text
         alone = encoder().encode(["face"]).text
     assert together.shape == (3, MAX_WORDS + 1, 96)
     assert torch.equal(together[0], together[2])
@@ -186,7 +186,7 @@ def test_the_encoder_tells_prompts_apart_and_the_same_alike() -> None:
 def test_guidance_is_given_the_encoded_empty_prompt() -> None:
     teacher = load_teacher()
     with torch.no_grad():
-        cond = teacher.encoder.encode(["face", "heart"])
+        cond = teacher.encoder.encode(["face", "moon"])
         empty = teacher.encoder.encode(["", ""])
     answered = teacher.empty_prompt()(cond)
     assert torch.allclose(answered.text, empty.text, atol=1e-5)
@@ -224,7 +224,7 @@ def test_the_shipped_teacher_draws_what_it_is_asked_for() -> None:
         EMOJI.names.index(prompt) in five
         for prompt, five in zip(prompts, ranked, strict=True)
     ]
-    assert sum(hits) >= 6  # 8 when it was shipped
+    assert sum(hits) >= 7  # 8 when it was shipped
 
 
 def test_real_emoji_measure_as_real() -> None:
@@ -243,15 +243,16 @@ def test_real_emoji_measure_as_real() -> None:
 
 def test_words_are_judged_by_the_names_of_what_is_recognised() -> None:
     evaluator = emoji_evaluation.Evaluator(encoder(), names=300)
-    clock = image_of("alarm clock")
-    numbers = evaluator.of_words(clock.expand(len(evaluator.prompts), 3, 32, 32))
-    fitting = {"alarm", "clock"} & set(evaluator.words)
+    cat = image_of("cat face")
+    numbers = evaluator.of_words(cat.expand(len(evaluator.prompts), 3, 32, 32))
+    fitting = {"cat", "face"} & set(evaluator.words)
+    assert fitting
     assert numbers["word"] == pytest.approx(len(fitting) / len(evaluator.words))
     assert numbers["distinct"] == 1
 
 
 def test_too_few_names_are_refused() -> None:
-    with pytest.raises(SystemExit, match=r"--names 64: expected 65 \.\.\. 1339"):
+    with pytest.raises(SystemExit, match=r"--names 64: expected 65 \.\.\. 459"):
         emoji_evaluation.Evaluator(encoder(), names=64)
 
 
@@ -300,7 +301,7 @@ def test_the_example_writes_what_it_promises(run_folder: Path) -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     calls = {name: row["calls"] for name, row in summary["rows"].items()}
     assert calls["real"] == 0
-    assert "teacher, 50 steps" not in calls  # its shipped numbers are of 450 names
+    assert "teacher, 50 steps" not in calls  # its shipped numbers are of 459 names
     assert calls["student, 2 calls"] == 2
     assert calls["student, 1 call"] == 1
     assert summary["generator_updates"] == 2
@@ -323,7 +324,7 @@ def test_the_teacher_is_shown_by_numbers_that_apply(
     assert emoji.rows_of_teacher(settings(tmp_path, "--guidance", "7")) == {}
     shown = capsys.readouterr().out
     assert "guidance 7.0, not" in shown
-    assert "names 65, not 450" in shown
+    assert "names 65, not 459" in shown
 
 
 @with_teacher
@@ -367,7 +368,7 @@ def test_an_exported_student_draws_as_the_run_did(run_folder: Path) -> None:
     assert times == (999.0, 499.0)
     teacher = load_teacher()
     with torch.no_grad():
-        cond = teacher.encoder.encode(["face", "blue heart"])
+        cond = teacher.encoder.encode(["face", "green apple"])
     noise = torch.randn(2, *LATENT_SHAPE, generator=seeded())
     simulator = BackwardSimulator(times)
     one = simulator.sample(student, noise, cond, generator=seeded(1))
@@ -385,7 +386,7 @@ def test_prompts_are_drawn_from_an_exported_student(
     run_folder: Path, tmp_path: Path
 ) -> None:
     student = ["--student", str(run_folder / "steps-1" / "student")]
-    emoji.main(settings(tmp_path, *student, "--prompts", "face", "blue heart"))
+    emoji.main(settings(tmp_path, *student, "--prompts", "face", "green apple"))
     assert (tmp_path / "drawn.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match=r"--prompts: prompt: 'zzz' is no word"):
         emoji.main(settings(tmp_path, *student, "--prompts", "zzz"))
@@ -455,5 +456,3 @@ def test_the_shipped_names_are_those_of_the_sheet() -> None:
     lines = NAMES_FILE.read_text().splitlines()
     assert about["what"].startswith(f"{len(lines)} emoji")
     assert HERE == NAMES_FILE.parent
-    for part in about["left_out"][:-1]:
-        assert not any(part in line for line in lines)

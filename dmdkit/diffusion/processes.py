@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -217,10 +218,8 @@ class DiscreteVariancePreserving(NoiseProcess):
         Returns:
             The process of SD1.5 and SDXL, by default.
         """
-        roots = torch.linspace(
-            beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64
-        )
-        return cls.from_betas(roots**2)
+        roots = np.linspace(beta_start**0.5, beta_end**0.5, steps)
+        return cls.from_betas((roots**2).tolist())
 
     @property
     def steps(self) -> int:
