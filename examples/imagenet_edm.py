@@ -155,7 +155,8 @@ class Settings:
             )
         if (self.teacher is None) == (not self.random_init):
             raise SystemExit("--teacher: give a folder, or --random-init, one of them.")
-        if self.preset == "long-phase2" and self.start_from is None:
+        starts = self.start_from is not None or self.random_init
+        if self.preset == "long-phase2" and not starts:
             raise SystemExit(
                 "--start-from: missing; phase 2 starts from the best checkpoint of "
                 "phase 1, its OUT/best."

@@ -277,8 +277,7 @@ def without_data(settings: Any) -> Any:
     else:
         changes |= {"images": None, "teacher": None}
     settings = replace(settings, **changes)
-    if getattr(settings, "preset", None) != "long-phase2":
-        settings.check()
+    settings.check()
     return settings
 
 

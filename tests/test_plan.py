@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import imagenet_edm
 import plan
 import pytest
 import sd15
@@ -168,6 +169,14 @@ def test_what_cannot_be_planned_is_refused() -> None:
     ):
         with pytest.raises(SystemExit, match=message):
             tyro.cli(plan.Settings, args=["sdxl", *options])
+
+
+@pytest.mark.parametrize("recipe", [imagenet_edm, sd15, sdxl])
+def test_every_preset_can_be_planned(recipe: Any) -> None:
+    """None asks for data or for an earlier run, which a plan has no need of."""
+    for preset in recipe.PRESETS:
+        asked = parse(recipe.Settings, recipe.PRESETS, ["--preset", preset])
+        assert plan.without_data(asked).preset == preset
 
 
 def test_casts_keep_what_a_module_is() -> None:
