@@ -73,6 +73,7 @@ from dmdkit.sampling import NoisedData as NoisedData
 from dmdkit.sampling import PerSampleSimulator as PerSampleSimulator
 from dmdkit.sampling import StochasticSampler as StochasticSampler
 from dmdkit.sampling import StudentInput as StudentInput
+from dmdkit.training import BackgroundCheckpoints as BackgroundCheckpoints
 from dmdkit.training import DamagedCheckpointError as DamagedCheckpointError
 from dmdkit.training import ExponentialMovingAverage as ExponentialMovingAverage
 from dmdkit.training import GeneratorState as GeneratorState
@@ -86,6 +87,7 @@ from dmdkit.training import checkpoints as checkpoints
 from dmdkit.training import explain_nonfinite as explain_nonfinite
 from dmdkit.training import frozen as frozen
 from dmdkit.training import image_statistics as image_statistics
+from dmdkit.training import keep_checkpoint as keep_checkpoint
 from dmdkit.training import linear_warmup as linear_warmup
 from dmdkit.training import load_checkpoint as load_checkpoint
 from dmdkit.training import load_modules as load_modules

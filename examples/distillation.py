@@ -9,7 +9,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -48,6 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmdkit import (
+    BackgroundCheckpoints,
     GeneratorState,
     Monitor,
     NonFiniteError,
@@ -72,6 +73,9 @@ class RunSettings:
     strategy: Strategy = "ddp"
     """Of several processes, started by torchrun: copies of the networks (ddp), shards
     of them over all processes (fsdp), or over those of a machine (hsdp)."""
+    cpu_offload: bool = False
+    """Of fsdp and hsdp: weights, gradients and moments wait in the CPU's memory, and
+    optimizers step there: slower, with room for larger batches."""
     threads: int = 0
     """Of the CPU; 0 leaves PyTorch's choice."""
     workers: int = min(4, os.cpu_count() or 1)
@@ -84,6 +88,9 @@ class RunSettings:
     """Iterations between checkpoints [scripts]; one is written at the end too."""
     keep: int = 2
     """How many of the newest checkpoints stay."""
+    background_saving: bool = False
+    """Write checkpoints while training goes on; takes as much memory of the CPU as a
+    process's part of the checkpoint."""
     evaluate: str | None = None
     """Command that measures a student, such as "python fid.py {student}"; the last line
     it prints is a JSON object of numbers, which go to the log."""
@@ -99,6 +106,8 @@ class RunSettings:
         every = ("log_every", "sample_every", "checkpoint_every", "evaluate_every")
         require_at_least(self, 1, *every, "keep")
         require_at_least(self, 0, "workers", "threads")
+        if self.cpu_offload and self.strategy == "ddp":
+            raise refusal("cpu-offload", "strategy ddp", "takes --strategy fsdp, hsdp")
         if self.out.exists() and not self.out.is_dir():
             raise SystemExit(f"--out: {self.out} is a file; name a folder.")
         require_wandb(self.wandb)
@@ -327,17 +336,20 @@ class Distillation(ABC):
         norm = trained.clip()
         self.require_finite_gradient(norm, name)
         trained.step()
-        return {f"{name}/gradient_norm": norm}
+        return {f"{name}/gradient_norm": norm.to(self.device)}
 
     def spread(self, *denoisers: ScoreEstimator) -> None:
         """Puts networks on all processes, if there are several."""
+        offload = self.run_settings.cpu_offload
         if self.ranks == 1:
+            if offload:
+                raise refusal("cpu-offload", "one process", "start several by torchrun")
             return
         strategy = self.run_settings.strategy
         mesh = None if strategy == "ddp" else parallel.mesh_of(strategy, self.device)
         low = self.settings.precision == "bf16"
         for denoiser in denoisers:
-            share(denoiser, strategy, mesh, low_precision=low)
+            share(denoiser, strategy, mesh, low_precision=low, offload=offload)
 
     def write_student(self, write: Callable[[ScoreEstimator], None]) -> None:
         """Hands the whole student to rank 0, averaged if there is an average."""
@@ -411,11 +423,11 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         log.picture(done, "samples", grid)
 
     def save(done: int) -> None:
-        path = folder.save(done, parts, watch.keep)
+        folder.save(done, parts, watch.keep)
         number = done // watch.checkpoint_every
         last = done == settings.iterations
         if watch.evaluate and (last or number % watch.evaluate_every == 0):
-            student = out / "evaluated"
+            path, student = folder.saved(), out / "evaluated"
             run.export(student, done)
             on_first(lambda: evaluate(path, student, done))
 
@@ -454,6 +466,7 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         if not last and stop.asked():
             if done % watch.checkpoint_every:
                 folder.save(done, parts, watch.keep)
+            folder.saved()
             if log is not None:
                 log.close()
                 bar.close()
@@ -481,7 +494,9 @@ def distil(settings: Any, build: Callable[[Any, int, int], Distillation]) -> Non
         except ValueError as error:
             raise SystemExit(str(error)) from error
         try:
-            with StopSignals() as stop:
+            with StopSignals() as stop, ExitStack() as stack:
+                if settings.run.background_saving:
+                    folder.background = stack.enter_context(BackgroundCheckpoints())
                 seconds = train(run, folder, stop)
         except (BadImageError, NonFiniteError) as error:
             raise SystemExit(str(error)) from error

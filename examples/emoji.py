@@ -96,10 +96,10 @@ class Settings:
     iterations: int = 750
     """Critic updates of each student, as the paper counts."""
     batch_size: int = 32
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-5
     """Of the student's AdamW; lowered along a cosine to 0 (ours: the paper's runs are
     long and keep it constant)."""
-    critic_learning_rate: float = 5e-4
+    critic_learning_rate: float = 2e-4
     critic_steps: int = 5
     """Critic updates to one generator update (paper, section 4.2)."""
     guidance: float = GUIDANCE

@@ -75,8 +75,6 @@ class Row(TypedDict):
     """Distance of one draw for every name to the real set."""
     word: float
     """Share of draws for one word whose recognised emoji has the word in its name."""
-    word_frechet: float
-    """Distance of draws for single words to as many real emoji with these words."""
     distinct: float
     """How many different emoji are recognised in 8 draws for one word."""
 
@@ -112,7 +110,6 @@ class Evaluator:
         self.prompts = [w for w in self.words for _ in range(DRAWS_OF_WORD)]
         images = self.emoji.images
         self.real = self._statistics(images[rows])
-        self.real_of_words = self._statistics(images[self._real_rows()])
 
     def _real_rows(self) -> Tensor:
         """For every draw of a word a real emoji with it in its name, at random."""
@@ -156,10 +153,8 @@ class Evaluator:
             guesses[i : i + DRAWS_OF_WORD]
             for i in range(0, len(guesses), DRAWS_OF_WORD)
         ]
-        statistics = self._statistics(images)
         return {
             "word": sum(hits) / len(hits),
-            "word_frechet": frechet_distance(statistics, self.real_of_words),
             "distinct": sum(len(set(group)) for group in groups) / len(groups),
         }
 

@@ -74,11 +74,13 @@ def share(
     mesh: Any,
     *,
     low_precision: bool,
+    offload: bool = False,
 ) -> None:
     """Puts a denoiser's network on all processes, in place; in one it stays.
 
     Under FSDP2 weights are kept in their own precision and gathered in bf16 where
-    network calls are in bf16; the head is a unit of its own in fp32.
+    network calls are in bf16; the head is a unit of its own in fp32. With `offload`
+    each process's shards wait in the CPU's memory.
     """
     if not distributed.is_initialized():
         return
@@ -90,14 +92,18 @@ def share(
                 network, gradient_as_bucket_view=True
             )
         return
-    shard(network, mesh, low_precision=low_precision)
+    shard(network, mesh, low_precision=low_precision, offload=offload)
 
 
-def shard(network: nn.Module, mesh: Any, *, low_precision: bool) -> None:
+def shard(
+    network: nn.Module, mesh: Any, *, low_precision: bool, offload: bool = False
+) -> None:
     """Shards a network by blocks, its head in fp32."""
     from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
         FSDPModule,
         MixedPrecisionPolicy,
+        OffloadPolicy,
         fully_shard,
     )
 
@@ -106,18 +112,22 @@ def shard(network: nn.Module, mesh: Any, *, low_precision: bool) -> None:
         torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policy = low if low_precision and not is_adapter(network) else own
+    waiting = OffloadPolicy()
+    if offload:
+        waiting = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    where: Any = {"mesh": mesh, "offload_policy": waiting}
     for parameter in network.parameters():
         # Every rank must start from the same weights; FSDP2 does not see to it.
         distributed.broadcast(parameter.data, src=0)
     body = network
     if isinstance(network, NetworkWithHead):
-        fully_shard(network.head, mesh=mesh, mp_policy=own, reshard_after_forward=True)
+        fully_shard(network.head, **where, mp_policy=own, reshard_after_forward=True)
         body = network.network
     for unit in units_of(body):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, **where, mp_policy=policy)
     # Else what a call without gradients gathered would stay, and be averaged or saved
     # in the place of the weights.
-    fully_shard(body, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(body, **where, mp_policy=policy, reshard_after_forward=True)
     for module in network.modules():
         if isinstance(module, FSDPModule):
             # FSDP2 settles a unit's precision when it is first gathered, which has to

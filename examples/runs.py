@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from dmdkit import (
+    BackgroundCheckpoints,
     ExponentialMovingAverage,
     LPIPSDistance,
     NonFiniteError,
     ScoreEstimator,
     checkpoints,
+    keep_checkpoint,
     linear_warmup,
     load_newest_checkpoint,
     save_checkpoint,
@@ -199,6 +201,9 @@ class RunFolder:
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
         self.out, self.identity = out, json.loads(json.dumps(identity, default=str))
         self.checkpoints = out / "checkpoints"
+        self.background: BackgroundCheckpoints | None = None
+        """Writes the checkpoints while training goes on, if set."""
+        self._saved: Path | None = None
 
     def resumes(self, resume: bool) -> bool:
         """Whether a run is to be taken up; refuses what cannot be."""
@@ -248,25 +253,24 @@ class RunFolder:
         file = self.out / "settings.json"
         file.write_text(json.dumps(self.identity, indent=2) + "\n")
 
-    def save(self, step: int, parts: Mapping[str, Any], keep: int) -> Path:
-        """Writes a checkpoint, and removes all but the newest."""
-        return save_checkpoint(self.checkpoints, step=step, keep=keep, **parts)
+    def save(self, step: int, parts: Mapping[str, Any], keep: int) -> None:
+        """Writes a checkpoint, or has it written, and removes all but the newest."""
+        given = {"directory": self.checkpoints, "step": step, "keep": keep, **parts}
+        if self.background is None:
+            self._saved = save_checkpoint(**given)
+        else:
+            self.background.save(**given)
+
+    def saved(self) -> Path:
+        """The checkpoint that was saved last, once it is written."""
+        if self.background is not None:
+            self._saved = self.background.wait() or self._saved
+        assert self._saved is not None
+        return self._saved
 
     def keep_best(self, checkpoint: Path, about: Mapping[str, Any]) -> None:
         """Keeps a checkpoint as `best/`, whatever becomes of the original (rank 0)."""
-        best, partial = self.out / "best", self.out / ".best.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(checkpoint, partial, copy_function=_link_or_copy)
-        (partial / "best.json").write_text(json.dumps(about, indent=2) + "\n")
-        shutil.rmtree(best, ignore_errors=True)
-        partial.rename(best)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+        keep_checkpoint(checkpoint, self.out / "best", about)
 
 
 class StopSignals:

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
 import distillation  # noqa: E402
+import imagenet_edm  # noqa: E402
+import sd15  # noqa: E402
 import sdxl  # noqa: E402
 from parallel import plain, processes  # noqa: E402
 from runs import parse  # noqa: E402
-from text_to_image import Batch, TextDistillation  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from dmdkit import Monitor, linear_warmup  # noqa: E402
@@ -32,12 +34,26 @@ ITERATIONS = 3  # student's turn, critic's alone, student's turn
 TERMS = ("dm_loss", "critic_loss", "gan_loss")
 
 
-def settings(folder: Path, *options: str) -> Any:
-    given = ["--pretrained", f"{folder / 'sdxl'}", "--prompts", f"{folder / 'p.txt'}"]
-    given += ["--latents", f"{folder / 'latents'}", "--workers", "0", "--device", "cpu"]
-    given += ["--batch-size", "8", "--micro-batch-size", "2", "--critic-steps", "2"]
-    given += ["--lora-rank", "4", "--times", "999", "499", *options]
-    return parse(sdxl.Settings, sdxl.PRESETS, given)
+RECIPES: dict[str, Any] = {"sdxl": sdxl, "sd15": sd15, "imagenet": imagenet_edm}
+
+
+def settings(folder: Path, recipe: str, *options: str) -> Any:
+    given = ["--workers", "0", "--device", "cpu", "--batch-size", "8"]
+    given += ["--micro-batch-size", "2", "--critic-steps", "2"]
+    if recipe == "imagenet":
+        given += ["--teacher", f"{folder / 'adm'}", "--images", f"{folder / 'images'}"]
+    else:
+        given += ["--pretrained", f"{folder / recipe}", "--lora-rank", "4"]
+        given += ["--prompts", f"{folder / 'p.txt'}", "--gan"]
+        given += ["--latents", f"{folder / f'latents {recipe}'}"]
+    if recipe == "sdxl":
+        given += ["--times", "999", "499"]
+    chosen = RECIPES[recipe]
+    return parse(chosen.Settings, chosen.PRESETS, [*given, *options])
+
+
+def build(recipe: str, chosen: Any, rank: int = 0, ranks: int = 1) -> Any:
+    return RECIPES[recipe].build(chosen, rank, ranks)
 
 
 def sines(x: Tensor, generator: object = None) -> Tensor:
@@ -46,11 +62,11 @@ def sines(x: Tensor, generator: object = None) -> Tensor:
     return 1.4 * torch.sin(3 * x.detach())
 
 
-def steady(batch: int, **_: Any) -> Tensor:
-    return torch.full((batch,), 500.0)
+def steady(time: float) -> Any:
+    return lambda batch, **_: torch.full((batch,), time)
 
 
-def rows_of(batch: Batch, rows: slice) -> Batch:
+def rows_of(batch: Any, rows: slice) -> Any:
     def part(value: Any) -> Any:
         if value is None:
             return None
@@ -58,15 +74,14 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
             return type(value)(*(part(v) for v in value))
         return value[rows]
 
-    return Batch(*(part(value) for value in batch))
+    return type(batch)(*(part(value) for value in batch))
 
 
 class Fixed:
     """A recipe without chance, and with plain SGD: its weights can be compared."""
 
-    def __init__(self, chosen: Any, whole: list[Batch], rank: int, ranks: int) -> None:
-        self.run = TextDistillation(chosen, {}, rank, ranks)
-        run, self.whole = self.run, whole
+    def __init__(self, run: Any, whole: list[Any]) -> None:
+        self.run, self.whole = run, whole
         torch.manual_seed(4)
         trained: dict[str, Any] = run.trained
         for part in trained.values():
@@ -74,8 +89,10 @@ class Fixed:
             part.schedule = linear_warmup(part.optimizer, 0)
             part.max_gradient_norm = 1.0  # so that clipping takes part
         for name in TERMS:
-            object.__setattr__(getattr(run.method, name), "times", steady)
-        object.__setattr__(run.method.simulator, "draw_rung", lambda _: 1)
+            times = steady(500.0 if max(run.method.simulator.times) > 80 else 2.0)
+            object.__setattr__(getattr(run.method, name), "times", times)
+        last = len(run.method.simulator.times) - 1
+        object.__setattr__(run.method.simulator, "draw_rung", lambda _: last)
 
     def iterate(self) -> Iterator[dict[str, Tensor]]:
         """Yields all weights, at first and after each iteration."""
@@ -84,7 +101,7 @@ class Fixed:
         for step in range(ITERATIONS):
             parts = iter(range(run.parts))
 
-            def draw(parts: Any = parts, whole: Batch = self.whole[step]) -> Batch:
+            def draw(parts: Any = parts, whole: Any = self.whole[step]) -> Any:
                 start = (next(parts) * run.ranks + run.rank) * run.size
                 return rows_of(whole, slice(start, start + run.size))
 
@@ -106,16 +123,19 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor if gather is None else gather()).detach().clone()
 
 
-def check(folder: Path, rank: int, ranks: int, *options: str) -> None:
-    chosen = settings(folder, *options)
+def check(folder: Path, rank: int, ranks: int, recipe: str, *options: str) -> None:
+    if ranks == 4:
+        options = (*options, "--micro-batch-size", "1")  # so that parts are added up
+    chosen = settings(folder, recipe, *options)
     low = chosen.precision == "bf16"
-    alone = TextDistillation(chosen, {})
+    of_one = replace(chosen, run=replace(chosen.run, cpu_offload=False))
+    alone = build(recipe, of_one)
     whole = []
     for _ in range(ITERATIONS):
         parts = [alone.draw() for _ in range(alone.parts)]
-        whole.append(Batch(*(joined(values) for values in zip(*parts, strict=True))))
-    expected = Fixed(chosen, whole, 0, 1).iterate()
-    found = Fixed(chosen, whole, rank, ranks).iterate()
+        whole.append(joined(parts))
+    expected = Fixed(build(recipe, of_one), whole).iterate()
+    found = Fixed(build(recipe, chosen, rank, ranks), whole).iterate()
     first: dict[str, Tensor] = {}
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
@@ -131,7 +151,7 @@ def check(folder: Path, rank: int, ranks: int, *options: str) -> None:
             )
             # Of what the weights have moved, not of the weights themselves.
             difference = ((a - b).norm() / (b - start).norm()).item()
-            print(f"{options} {name} {step}: {difference:.1e}", flush=True)
+            print(f"{recipe} {options} {name} {step}: {difference:.1e}", flush=True)
             tolerance = 1e-2 if low else 1e-4
             assert difference < tolerance, f"{name}, iteration {step}: {difference:.2e}"
         if low:
@@ -148,13 +168,18 @@ def joined(values: Any) -> Any:
 
 FP32 = ("--precision", "fp32")
 CHECKS = {
-    "ddp": (*FP32, "--strategy", "ddp"),
-    "ddp lora": (*FP32, "--strategy", "ddp", "--lora", "both"),
-    "fsdp": (*FP32, "--strategy", "fsdp"),
-    "fsdp lora": (*FP32, "--strategy", "fsdp", "--lora", "both"),
-    "fsdp bf16": ("--strategy", "fsdp", "--precision", "bf16"),
-    "hsdp": (*FP32, "--strategy", "hsdp"),
-    "control": (*FP32, "--strategy", "ddp"),
+    "ddp": ("sdxl", *FP32, "--strategy", "ddp"),
+    "ddp lora": ("sdxl", *FP32, "--strategy", "ddp", "--lora", "both"),
+    "fsdp": ("sdxl", *FP32, "--strategy", "fsdp"),
+    "fsdp offload": ("sdxl", *FP32, "--strategy", "fsdp", "--cpu-offload"),
+    "fsdp lora": ("sdxl", *FP32, "--strategy", "fsdp", "--lora", "both"),
+    "fsdp bf16": ("sdxl", "--strategy", "fsdp", "--precision", "bf16"),
+    "hsdp": ("sdxl", *FP32, "--strategy", "hsdp"),
+    "control": ("sdxl", *FP32, "--strategy", "ddp"),
+    "sd15 ddp": ("sd15", *FP32, "--strategy", "ddp"),
+    "sd15 fsdp": ("sd15", *FP32, "--strategy", "fsdp"),
+    "imagenet ddp": ("imagenet", *FP32, "--strategy", "ddp"),
+    "imagenet fsdp": ("imagenet", *FP32, "--strategy", "fsdp"),
 }
 
 
@@ -162,10 +187,10 @@ CHECKS = {
 def nothing_averaged() -> Iterator[None]:
     """The control: every process keeps its own gradients."""
     kept = distillation.gradients_stay
-    recipe: Any = TextDistillation
+    recipe: Any = distillation.Distillation
     learn = recipe.learn
 
-    def alone(self: TextDistillation, *args: Any) -> Any:
+    def alone(self: Any, *args: Any) -> Any:
         with kept([part.denoiser.network for part in self.trained.values()]):
             return learn(self, *args)
 

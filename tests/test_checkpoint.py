@@ -3,6 +3,7 @@ import errno
 import io
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from dmdkit import (
+    BackgroundCheckpoints,
     DamagedCheckpointError,
     ExponentialMovingAverage,
     FeatureStatistics,
     GeneratorState,
     Monitor,
     checkpoints,
+    keep_checkpoint,
     linear_warmup,
     load_checkpoint,
     load_newest_checkpoint,
     save_checkpoint,
 )
+from dmdkit.training import background
 from dmdkit.training.ranks import GlobalRandomState
 
 
@@ -526,3 +530,74 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save_checkpoint(file, step=2, **run.parts)
     assert_equal(run.everything(), there)
     assert file.read_text() == "in the way"
+
+
+def test_what_is_written_in_the_background_is_the_state_when_it_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, write = threading.Event(), background.write_state
+
+    def slow(*given: Any) -> Path:
+        assert gate.wait(30)
+        return write(*given)
+
+    monkeypatch.setattr(background, "write_state", slow)
+    run = Run().train(0, 4)
+    expected = run.everything()
+    with BackgroundCheckpoints() as writer:
+        assert writer.wait() is None
+        writer.save(tmp_path, step=4, **run.parts)
+        run.train(4, 6)
+        assert checkpoints(tmp_path) == []
+        gate.set()
+        assert writer.wait() == tmp_path / "step-00000004"
+        writer.save(tmp_path, step=6, keep=2, **run.parts)
+    first, second = checkpoints(tmp_path)
+    other = Run(seed=5)
+    assert load_checkpoint(first, **other.parts) == 4
+    assert_equal(other.everything(), expected)
+    assert load_checkpoint(second, **other.parts) == 6
+    assert_equal(other.everything(), run.everything())
+
+
+def test_an_error_of_writing_in_the_background_is_raised_by_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run().train(0, 4)
+    save_checkpoint(tmp_path, step=2, **run.parts)
+
+    def full(*_: Any) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = BackgroundCheckpoints()
+    with monkeypatch.context() as patched:
+        patched.setattr(background, "write_state", full)
+        writer.save(tmp_path, step=4, **run.parts)
+        with pytest.raises(OSError, match="No space"):
+            writer.save(tmp_path, step=5, **run.parts)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+    writer.save(tmp_path, step=6, **run.parts)  # and it can go on
+    assert writer.wait() == tmp_path / "step-00000006"
+    with pytest.raises(ValueError, match="keep >= 1"):
+        writer.save(tmp_path, step=6, keep=0, **run.parts)
+
+
+def test_a_checkpoint_is_kept_when_it_is_no_longer_among_the_newest(
+    tmp_path: Path,
+) -> None:
+    run = Run().train(0, 4)
+    expected = run.everything()
+    first = save_checkpoint(tmp_path, step=4, **run.parts)
+    best = keep_checkpoint(first, tmp_path / "best", {"fid": 2.0})
+    save_checkpoint(tmp_path, step=6, keep=1, **run.train(4, 6).parts)
+    assert not first.exists()
+    assert (best / "best.json").read_text() == '{\n  "fid": 2.0\n}\n'
+    other = Run(seed=5)
+    assert load_checkpoint(best, **other.parts) == 4
+    assert_equal(other.everything(), expected)
+    keep_checkpoint(checkpoints(tmp_path)[-1], best)
+    assert load_checkpoint(best, **other.parts) == 6
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000006"]
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        keep_checkpoint(tmp_path / "none", best)
+    assert load_checkpoint(best, **other.parts) == 6

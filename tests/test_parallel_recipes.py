@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_pipelines import save_latents, save_prompts, save_sdxl
+from helpers_pipelines import save_latents, save_prompts, save_sd15, save_sdxl
+from helpers_recipes import save_adm_teacher, save_digit_images
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,29 +31,39 @@ def torchrun(*command: str | Path, ranks: int = 2) -> subprocess.CompletedProces
     )
 
 
-def reports(folder: Path, *names: str) -> dict[str, str]:
+def reports(folder: Path, *names: str, ranks: int = 2) -> dict[str, str]:
     """What went wrong in checks of `script_parallel.py`, by name."""
-    pipeline = save_sdxl(folder / "sdxl")
-    save_latents(folder / "latents", pipeline)
+    for recipe, save in (("sdxl", save_sdxl), ("sd15", save_sd15)):
+        save_latents(folder / f"latents {recipe}", save(folder / recipe))
     save_prompts(folder / "p.txt")
-    done = torchrun(TESTS / "script_parallel.py", folder, *names)
+    save_adm_teacher(folder / "adm")
+    save_digit_images(folder / "images", side=16, channels=3)
+    done = torchrun(TESTS / "script_parallel.py", folder, *names, ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return {
-        name: "".join((folder / f"{name} {rank}.txt").read_text() for rank in (0, 1))
+        name: "".join(
+            (folder / f"{name} {rank}.txt").read_text() for rank in range(ranks)
+        )
         for name in names
     }
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Both optimizers' steps over a cycle, with accumulation and checkpointing on."""
-    found = reports(tmp_path, "ddp lora", "fsdp", "control")
+    found = reports(tmp_path, "ddp lora", "fsdp", "control", "imagenet fsdp")
     assert found.pop("control").count("AssertionError") == 2, "nothing was compared"
-    assert found == {"ddp lora": "", "fsdp": ""}
+    assert found == {"ddp lora": "", "fsdp": "", "imagenet fsdp": ""}
+
+
+def test_four_processes_are_one(tmp_path: Path) -> None:
+    names = ("ddp", "fsdp lora")
+    assert reports(tmp_path, *names, ranks=4) == dict.fromkeys(names, "")
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_every_strategy(tmp_path: Path) -> None:
-    names = ("ddp", "fsdp lora", "fsdp bf16", "hsdp")
+def test_two_processes_are_one_with_every_strategy_and_recipe(tmp_path: Path) -> None:
+    names = ("ddp", "fsdp lora", "fsdp bf16", "fsdp offload", "hsdp")
+    names += ("sd15 ddp", "sd15 fsdp", "imagenet ddp")
     assert reports(tmp_path, *names) == dict.fromkeys(names, "")
 
 
@@ -89,7 +100,8 @@ def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(
     command = [EXAMPLES / "sdxl.py", *options(folder), "--ema", "0.9"]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(*command, "--iterations", "7", "--out", whole)
-    train(*command, "--iterations", "4", "--out", parted)
+    saving = ["--background-saving", "--iterations", "4"]
+    train(*command, *saving, "--out", parted)
     train(*command, "--iterations", "7", "--out", parted, "--resume")
     one, other = student(whole), student(parted)
     assert all(torch.equal(v, other[key]) for key, v in one.items())

@@ -1,7 +1,7 @@
 """Training: whose turn it is, what is trainable, averages, checkpoints, health."""
 
+from dmdkit.training.background import BackgroundCheckpoints as BackgroundCheckpoints
 from dmdkit.training.checkpoint import Resumed as Resumed
-from dmdkit.training.checkpoint import Stateful as Stateful
 from dmdkit.training.checkpoint import load_checkpoint as load_checkpoint
 from dmdkit.training.checkpoint import load_newest_checkpoint as load_newest_checkpoint
 from dmdkit.training.checkpoint import save_checkpoint as save_checkpoint
@@ -9,7 +9,9 @@ from dmdkit.training.checkpoint_files import (
     DamagedCheckpointError as DamagedCheckpointError,
 )
 from dmdkit.training.checkpoint_files import checkpoints as checkpoints
+from dmdkit.training.checkpoint_files import keep_checkpoint as keep_checkpoint
 from dmdkit.training.checkpoint_files import verify_checkpoint as verify_checkpoint
+from dmdkit.training.checkpoint_state import Stateful as Stateful
 from dmdkit.training.ema import ExponentialMovingAverage as ExponentialMovingAverage
 from dmdkit.training.modules import frozen as frozen
 from dmdkit.training.modules import trainable_copy as trainable_copy

@@ -5,22 +5,16 @@ The format is that of `torch.distributed.checkpoint`. A checkpoint is a folder
 files' checksums.
 """
 
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import distributed as dist
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import (
-    keystr,
-    tree_flatten_with_path,
-    tree_map,
-    tree_map_with_path,
-)
 
 from dmdkit.training.checkpoint_files import (
     DamagedCheckpointError,
@@ -31,20 +25,15 @@ from dmdkit.training.checkpoint_files import (
     verify_checkpoint,
     write_whole,
 )
-from dmdkit.training.ranks import GlobalRandomState, gathered
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Anything with `state_dict` and `load_state_dict`: EMA, LR schedule, loader."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Gives the state."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """Takes a state."""
-        ...
+from dmdkit.training.checkpoint_state import (
+    Stateful,
+    gather_state,
+    leave_out_unsaved,
+    names_of_parts,
+    scatter_state,
+    state_to_save,
+)
+from dmdkit.training.ranks import gathered, rank_and_ranks
 
 
 def save_checkpoint(
@@ -74,26 +63,59 @@ def save_checkpoint(
         OSError: If the files cannot be written, on any rank; older checkpoints and
             what is trained stay as they are.
     """
-    from torch.distributed.checkpoint import CheckpointException, state_dict_saver
+    check_numbers(step, keep)
+    state = state_to_save(modules, optimizers or {}, states or {})
+    return write_state(Path(directory), step, state, keep)
 
+
+def check_numbers(step: int, keep: int | None) -> None:
+    """Refuses numbers that no checkpoint has.
+
+    Args:
+        step: The step at which the run will continue.
+        keep: How many of the newest checkpoints to keep.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
     if step < 0 or (keep is not None and keep < 1):
         raise ValueError(
             f"step, keep: got {step}, {keep}, expected step >= 0 and keep >= 1."
         )
-    optimizers, states = optimizers or {}, states or {}
-    started = {name: bool(optimizer.state) for name, optimizer in optimizers.items()}
-    state = _gather(modules, optimizers, states)
-    for name, optimizer in optimizers.items():
-        if not started[name]:
-            # PyTorch filled the empty state by a step, which would count.
-            optimizer.state.clear()
-            state[f"optimizer.{name}"]["state"] = {}
+
+
+def write_state(
+    directory: Path,
+    step: int,
+    state: dict[str, Any],
+    keep: int | None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes what was gathered, on all ranks.
+
+    Args:
+        directory: The folder of all checkpoints of a run.
+        step: The step, for the name.
+        state: State by part.
+        keep: How many of the newest stay; all if None.
+        group: The process group to go through; the default one if None.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: If the files cannot be written, on any rank.
+    """
+    from torch.distributed.checkpoint import CheckpointException, state_dict_saver
 
     def write(folder: Path) -> None:
         try:
             with one_process_is_meant():
                 state_dict_saver.save(
-                    state, checkpoint_id=folder, no_dist=not _distributed()
+                    state,
+                    checkpoint_id=folder,
+                    process_group=group,
+                    no_dist=rank_and_ranks()[1] == 1,
                 )
         except CheckpointException as error:
             where = f"{folder}{room_in(folder)}"
@@ -102,7 +124,7 @@ def save_checkpoint(
             ) from error
 
     about = {"torch": torch.__version__, "parts": sorted(state)}
-    return write_whole(Path(directory), step, write, about, keep)
+    return write_whole(directory, step, write, about, keep, group)
 
 
 def load_checkpoint(
@@ -198,7 +220,7 @@ def _load(
     )
 
     saved = read_manifest(path)
-    parts = _parts(modules, optimizers, states)
+    parts = names_of_parts(modules, optimizers, states)
     if saved["parts"] != parts:
         raise ValueError(
             f"path: {path} holds {', '.join(saved['parts'])}; asked for "
@@ -208,35 +230,21 @@ def _load(
         # Only an optimizer without state and gradients is filled by PyTorch.
         optimizer.zero_grad()
         optimizer.state.clear()
-    state = _gather(modules, optimizers, states)
+    state = gather_state(modules, optimizers, states)
     keys = FileSystemReader(path).read_metadata().state_dict_metadata
     for name in optimizers:
-        _leave_out_unsaved(state[f"optimizer.{name}"], f"optimizer.{name}", set(keys))
+        leave_out_unsaved(state[f"optimizer.{name}"], f"optimizer.{name}", set(keys))
     try:
         with one_process_is_meant():
             state_dict_loader.load(
-                state, checkpoint_id=path, no_dist=not _distributed()
+                state, checkpoint_id=path, no_dist=rank_and_ranks()[1] == 1
             )
     except CheckpointException as error:
         raise ValueError(
             f"path: {path} does not fit what was built: {explain(error)}"
         ) from error
-    _scatter(state, modules, optimizers, states)
+    scatter_state(state, modules, optimizers, states)
     return int(saved["step"])
-
-
-def _parts(*named: Mapping[str, Any]) -> list[str]:
-    kinds = zip(("module", "optimizer", "state"), named, strict=True)
-    return sorted(["random", *(f"{kind}.{name}" for kind, of in kinds for name in of)])
-
-
-def _leave_out_unsaved(optimizer: dict[str, Any], prefix: str, keys: set[str]) -> None:
-    """Drops the state of parameters that had none: they never got a gradient."""
-    optimizer["state"] = {
-        name: values
-        for name, values in optimizer["state"].items()
-        if any(f"{prefix}.state.{name}.{key}" in keys for key in values)
-    }
 
 
 @contextmanager
@@ -245,70 +253,3 @@ def one_process_is_meant() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _gather(
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
-    states: Mapping[str, Stateful],
-) -> dict[str, Any]:
-    from torch.distributed.checkpoint import state_dict as dcp_state
-
-    unknown = set(optimizers) - set(modules)
-    if unknown:
-        raise ValueError(
-            f"optimizers: {', '.join(sorted(unknown))} is no module; name an optimizer "
-            f"like its module ({', '.join(modules)})."
-        )
-    state: dict[str, Any] = {"random": _split(GlobalRandomState().state_dict())}
-    for name, module in modules.items():
-        state[f"module.{name}"] = dcp_state.get_model_state_dict(module)
-    for name, optimizer in optimizers.items():
-        state[f"optimizer.{name}"] = dcp_state.get_optimizer_state_dict(
-            modules[name], optimizer
-        )
-    for name, value in states.items():
-        state[f"state.{name}"] = _split(value.state_dict())
-    return state
-
-
-def _split(state: Any) -> dict[str, Any]:
-    """Takes the tensors out of a state, whose other content may change its shape."""
-    leaves, _ = tree_flatten_with_path(state)
-    tensors = {keystr(path): v for path, v in leaves if isinstance(v, Tensor)}
-    rest = tree_map(lambda v: None if isinstance(v, Tensor) else v, state)
-    return {"tensors": tensors, "rest": pickle.dumps(rest)}
-
-
-def _join(parts: Mapping[str, Any]) -> Any:
-    tensors = parts["tensors"]
-    return tree_map_with_path(
-        lambda path, v: tensors.get(keystr(path), v), pickle.loads(parts["rest"])
-    )
-
-
-def _scatter(
-    state: Mapping[str, Any],
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
-    states: Mapping[str, Stateful],
-) -> None:
-    from torch.distributed.checkpoint import state_dict as dcp_state
-
-    for name, module in modules.items():
-        dcp_state.set_model_state_dict(module, state[f"module.{name}"])
-    for name, optimizer in optimizers.items():
-        dcp_state.set_optimizer_state_dict(
-            modules[name],
-            optimizer,
-            optim_state_dict=state[f"optimizer.{name}"],
-            options=dcp_state.StateDictOptions(strict=False),
-        )
-    for name, value in states.items():
-        value.load_state_dict(_join(state[f"state.{name}"]))
-    # Last: gathering an optimizer's state may run a step and draw random numbers.
-    GlobalRandomState().load_state_dict(_join(state["random"]))

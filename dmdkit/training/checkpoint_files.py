@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
+
 from dmdkit.training.ranks import everywhere, on_first, rank_and_ranks
 
 PREFIX = "step-"
@@ -56,6 +58,7 @@ def write_whole(
     write: Callable[[Path], object],
     about: Mapping[str, Any],
     keep: int | None,
+    group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Writes a checkpoint on all ranks, and removes the oldest.
 
@@ -65,6 +68,7 @@ def write_whole(
         write: Writes the files into a folder; called on every rank.
         about: What the manifest says beside the files.
         keep: How many of the newest stay; all if None.
+        group: The process group to go through; the default one if None.
 
     Returns:
         The checkpoint.
@@ -75,12 +79,12 @@ def write_whole(
     final = directory / f"{PREFIX}{step:08d}"
     partial = directory / f".{final.name}.partial"
     try:
-        on_first(lambda: _begin(partial))
+        on_first(lambda: _begin(partial), group)
         write(partial)
-        sums = everywhere(lambda: _settle(partial))
+        sums = everywhere(lambda: _settle(partial), group)
         files = {name: value for own in sums for name, value in own.items()}
         manifest = {"step": step, **about, "files": files}
-        on_first(lambda: _publish(partial, final, manifest))
+        on_first(lambda: _publish(partial, final, manifest), group)
     except Exception:
         # What could not be finished takes no room on a disk that may be full.
         with suppress(OSError):
@@ -88,7 +92,7 @@ def write_whole(
                 shutil.rmtree(partial, ignore_errors=True)
         raise
     if keep is not None:
-        on_first(lambda: _remove_oldest(directory, keep, final))
+        on_first(lambda: _remove_oldest(directory, keep, final), group)
     return final
 
 
@@ -136,6 +140,48 @@ def verify_checkpoint(path: str | Path) -> None:
             raise DamagedCheckpointError(
                 f"path: {fault}; the checkpoint is damaged, take an older one."
             )
+
+
+def keep_checkpoint(
+    path: str | Path, folder: str | Path, about: Mapping[str, Any] | None = None
+) -> Path:
+    """Keeps a checkpoint under another name, whatever becomes of the original.
+
+    Such as the best one so far, while only the newest stay. Its files are linked where
+    the disk can, else copied; what had the name before is replaced at the end. Rank 0
+    alone calls it.
+
+    Args:
+        path: A complete checkpoint.
+        folder: Its other name, such as `best`, in a folder that exists.
+        about: Why it is kept, such as what it measured: numbers and texts, written to
+            a file of that name, such as `best/best.json`.
+
+    Returns:
+        The folder, a checkpoint as `load_checkpoint` reads it.
+
+    Raises:
+        ValueError: If `path` is no complete checkpoint.
+        OSError: If it cannot be written; what had the name before stays.
+    """
+    path, folder = Path(path), Path(folder)
+    check_complete(path)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(path, partial, copy_function=_link_or_copy)
+    text = json.dumps(dict(about or {}), indent=2)
+    (partial / f"{folder.name}.json").write_text(f"{text}\n")
+    if folder.exists():
+        _remove(folder)
+    partial.rename(folder)
+    return folder
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def room_in(folder: Path) -> str:

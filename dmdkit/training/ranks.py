@@ -20,11 +20,12 @@ def rank_and_ranks() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def gathered(value: Any) -> list[Any]:
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """The values of all ranks, on every rank.
 
     Args:
         value: What this rank has; anything that can be pickled.
+        group: The process group to go through; the default one if None.
 
     Returns:
         One value a rank.
@@ -33,7 +34,7 @@ def gathered(value: Any) -> list[Any]:
     if ranks == 1:
         return [value]
     values: list[Any] = [None] * ranks
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -54,11 +55,14 @@ def on_any(flag: bool) -> bool:
     return bool(number)
 
 
-def everywhere(action: Callable[[], Result]) -> list[Result]:
+def everywhere(
+    action: Callable[[], Result], group: dist.ProcessGroup | None = None
+) -> list[Result]:
     """Does something on every rank; if it fails on one, all of them raise.
 
     Args:
         action: What each rank does; it must not wait for other ranks.
+        group: The process group to go through; the default one if None.
 
     Returns:
         What it gave, by rank.
@@ -74,7 +78,7 @@ def everywhere(action: Callable[[], Result]) -> list[Result]:
         result = action()
     except Exception as failure:
         error = failure
-    outcomes = gathered((result, None if error is None else f"{error}"))
+    outcomes = gathered((result, None if error is None else f"{error}"), group)
     if error is not None:
         raise error
     for rank, (_, message) in enumerate(outcomes):
@@ -83,11 +87,14 @@ def everywhere(action: Callable[[], Result]) -> list[Result]:
     return [result for result, _ in outcomes]
 
 
-def on_first(action: Callable[[], Result]) -> Result:
+def on_first(
+    action: Callable[[], Result], group: dist.ProcessGroup | None = None
+) -> Result:
     """Does something on rank 0, and waits for it; if it fails, all ranks raise.
 
     Args:
         action: What rank 0 does.
+        group: The process group to go through; the default one if None.
 
     Returns:
         What it gave there, on every rank.
@@ -96,7 +103,8 @@ def on_first(action: Callable[[], Result]) -> Result:
         OSError: If it failed on rank 0; there, that error itself.
     """
     rank, _ = rank_and_ranks()
-    return everywhere(lambda: action() if rank == 0 else None)[0]  # pyright: ignore[reportReturnType]
+    done = everywhere(lambda: action() if rank == 0 else None, group)
+    return done[0]  # pyright: ignore[reportReturnType]
 
 
 class GeneratorState:
