@@ -152,7 +152,8 @@ def check(folder: Path, rank: int, ranks: int, recipe: str, *options: str) -> No
             # Of what the weights have moved, not of the weights themselves.
             difference = ((a - b).norm() / (b - start).norm()).item()
             print(f"{recipe} {options} {name} {step}: {difference:.1e}", flush=True)
-            tolerance = 1e-2 if low else 1e-4
+            # The first step is the gradient; from then on rounding grows.
+            tolerance = 1e-2 if low else 1e-5 if step == 1 else 1e-3
             assert difference < tolerance, f"{name}, iteration {step}: {difference:.2e}"
         if low:
             return  # rounding to 8 bits makes two runs of any kind part soon
