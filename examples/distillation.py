@@ -483,6 +483,7 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
 def distil(settings: Any, build: Callable[[Any, int, int], Distillation]) -> None:
     """Distils, and writes everything to OUT."""
     settings.check()
+    before = peak_memory_gib(torch.device("cpu"))
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     torch.set_float32_matmul_precision("high")  # TF32 [scripts]
@@ -502,11 +503,11 @@ def distil(settings: Any, build: Callable[[Any, int, int], Distillation]) -> Non
             raise SystemExit(str(error)) from error
         run.export(settings.run.out / "student", settings.iterations)
         if ranks.rank == 0:
-            summarise(run, seconds)
+            summarise(run, seconds, before)
 
 
-def summarise(run: Distillation, seconds: dict[str, float]) -> None:
-    """Writes and prints what the run took."""
+def summarise(run: Distillation, seconds: dict[str, float], before: float) -> None:
+    """Writes and prints what the run took; `before` is what the imports had taken."""
     settings, out = run.settings, run.run_settings.out
     file = out / "summary.json"
     if not seconds and file.is_file():
@@ -525,6 +526,7 @@ def summarise(run: Distillation, seconds: dict[str, float]) -> None:
         "precision": settings.precision,
         "seconds_per_iteration": seconds,
         "peak_memory_gib": peak_memory_gib(run.device),
+        "imports_memory_gib": before,
     }
     file.write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():

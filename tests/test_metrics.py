@@ -1,5 +1,8 @@
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmdkit import FeatureStatistics, frechet_distance, nearest_distance
+from dmdkit.metrics import (
+    density_coverage,
+    kernel_distance,
+    manifold,
+    precision_recall,
+    squared_mmd,
+)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -206,3 +216,126 @@ def test_an_empty_reference_is_refused() -> None:
         nearest_distance(torch.zeros(2, 3), torch.zeros(0, 3))
     with pytest.raises(ValueError, match="reference"):
         nearest_distance(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_kernel_distance_by_two_loops() -> None:
+    a = torch.randn(6, 4, generator=seeded(1))
+    b = torch.randn(5, 4, generator=seeded(2)) + 0.5
+
+    def mean_of_pairs(x: Tensor, y: Tensor, same: bool) -> float:
+        values = [
+            (float(p.double() @ q.double()) / 4 + 1) ** 3
+            for i, p in enumerate(x)
+            for j, q in enumerate(y)
+            if not (same and i == j)
+        ]
+        return sum(values) / len(values)
+
+    expected = mean_of_pairs(a, a, True) + mean_of_pairs(b, b, True)
+    expected -= 2 * mean_of_pairs(a, b, False)
+    assert squared_mmd(a, b).item() == pytest.approx(expected, rel=1e-12)
+    whole = kernel_distance(a[:5], b, subsets=3, subset_size=5, generator=seeded())
+    assert whole.mean == pytest.approx(squared_mmd(a[:5], b).item())
+    assert whole.std == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_has_no_bias() -> None:
+    """Between sets of one distribution it is zero on average, within its error."""
+    draws = [
+        squared_mmd(*torch.randn(2, 20, 3, generator=seeded(seed))).item()
+        for seed in range(400)
+    ]
+    values = torch.tensor(draws)
+    assert abs(values.mean()) < 3 * values.std() / 20
+    assert (values < 0).any()
+
+
+def test_precision_and_recall_of_constructed_points() -> None:
+    # Real: a chain 0, 1, 2, 3 and an outlier at 10. With k = 1 the chain's points reach
+    # 1 far, the outlier 7: all samples but the last are within reach of one.
+    real = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    samples = torch.tensor([[-1.0], [0.5], [2.9], [17.0], [17.1]])
+    found = precision_recall(samples, real, neighbours=1)
+    assert found.precision == pytest.approx(4 / 5)
+    # Samples reach 1.5, 1.5, 2.4, 0.1, 0.1: to 0, 1, 2 and 3, not to 10.
+    assert found.recall == pytest.approx(4 / 5)
+    assert precision_recall(real, real, neighbours=3) == (1, 1)
+    far = precision_recall(real + 100, real, neighbours=3)
+    assert far == (0, 0)
+
+
+def test_density_and_coverage_of_constructed_points() -> None:
+    real = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    samples = torch.tensor([[0.5], [0.5], [50.0]])
+    found = density_coverage(samples, real, neighbours=1)
+    # Each 0.5 is within reach of 0 and of 1 alone.
+    assert found.density == pytest.approx(4 / 3)
+    assert found.coverage == pytest.approx(2 / 5)
+    two = density_coverage(samples, real, neighbours=2)
+    # With k = 2 the reaches are 2, 1, 1, 2, 8: 0.5 is within 0, 1 and no other's.
+    assert two.density == pytest.approx(4 / (2 * 3))
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = torch.randn(30, 4, generator=seeded(1))
+    real = torch.randn(41, 4, generator=seeded(2))
+    whole = precision_recall(samples, real), density_coverage(samples, real)
+    monkeypatch.setattr(manifold, "CHUNK", 7)
+    assert (precision_recall(samples, real), density_coverage(samples, real)) == whole
+    assert 0 < whole[0].precision < 1
+
+
+@pytest.mark.parametrize("call", [precision_recall, density_coverage])
+def test_neighbours_must_be_fewer_than_points(call: Any) -> None:
+    few, many = torch.randn(3, 2), torch.randn(9, 2)
+    with pytest.raises(ValueError, match="neighbours: got 3 with sets of 3 points"):
+        call(many, few, neighbours=3)
+
+
+def test_kernel_distance_refuses_sets_smaller_than_its_subsets() -> None:
+    few = torch.randn(10, 2)
+    with pytest.raises(ValueError, match="fewer than subset_size 1000"):
+        kernel_distance(few, few)
+    with pytest.raises(ValueError, match="at least 2"):
+        squared_mmd(few[:1], few)
+    with pytest.raises(ValueError, match="subsets, subset_size"):
+        kernel_distance(few, few, subsets=0)
+
+
+def test_statistics_in_a_file(tmp_path: Path) -> None:
+    x = torch.randn(30, 4, dtype=torch.float64, generator=seeded())
+    statistics = gather(x[:20])
+    statistics.save(tmp_path / "own.npz")
+    again = FeatureStatistics.load(tmp_path / "own.npz")
+    again.update(x[20:])
+    expected = gather(x)
+    assert again.count == 30
+    assert torch.allclose(again.mean, expected.mean, atol=1e-14)
+    assert torch.allclose(again.covariance, expected.covariance, atol=1e-13)
+    # As EDM and clean-fid write them: numpy's own moments, without a number of samples.
+    theirs = tmp_path / "theirs.npz"
+    values = x.numpy()
+    np.savez(theirs, mu=values.mean(0), sigma=np.cov(values, rowvar=False))
+    read = FeatureStatistics.load(theirs, count=30)
+    assert frechet_distance(read, expected) == pytest.approx(0, abs=1e-9)
+
+
+def test_files_that_are_no_statistics(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no statistics"):
+        FeatureStatistics.load(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match=r"ends in \.npz"):
+        FeatureStatistics.load(tmp_path / "none.pkl")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("count", {"mu": np.zeros(2), "sigma": np.eye(2)}),
+        ("holds no statistics", {"mu": np.zeros(2)}),
+        ("not symmetric", {"mu": np.zeros(2), "sigma": np.triu(np.ones((2, 2)))}),
+        ("not finite", {"mu": np.full(2, np.nan), "sigma": np.eye(2)}),
+        (r"\[dim, dim\]", {"mu": np.zeros(2), "sigma": np.eye(3)}),
+        ("is of 9 samples", {"mu": np.zeros(2), "sigma": np.eye(2), "count": 9}),
+    ]
+    for name, arrays in cases:
+        np.savez(tmp_path / "s.npz", **arrays)
+        with pytest.raises(ValueError, match=name):
+            FeatureStatistics.load(
+                tmp_path / "s.npz", count=None if name == "count" else 5
+            )

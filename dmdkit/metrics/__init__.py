@@ -1,5 +1,12 @@
-"""Metrics: feature statistics, Frechet distance, nearest neighbours."""
+"""Metrics: feature statistics, distances of sets, fidelity and variety."""
 
+from dmdkit.metrics.kernel import KernelDistance as KernelDistance
+from dmdkit.metrics.kernel import kernel_distance as kernel_distance
+from dmdkit.metrics.kernel import squared_mmd as squared_mmd
+from dmdkit.metrics.manifold import DensityCoverage as DensityCoverage
+from dmdkit.metrics.manifold import PrecisionRecall as PrecisionRecall
+from dmdkit.metrics.manifold import density_coverage as density_coverage
+from dmdkit.metrics.manifold import precision_recall as precision_recall
 from dmdkit.metrics.statistics import FeatureStatistics as FeatureStatistics
 from dmdkit.metrics.statistics import frechet_distance as frechet_distance
 from dmdkit.metrics.statistics import nearest_distance as nearest_distance

@@ -1,8 +1,11 @@
 """Streaming feature statistics and the distances between them."""
 
 import math
+from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -97,6 +100,91 @@ class FeatureStatistics:
             raise ValueError(f"count: {self.count} samples, expected at least 2.")
         return self._scatter / (self.count - 1)
 
+    @classmethod
+    def of_moments(
+        cls, mean: Tensor, covariance: Tensor, count: int
+    ) -> "FeatureStatistics":
+        """Makes statistics of moments that are known.
+
+        Args:
+            mean: The mean, [dim].
+            covariance: The unbiased covariance, [dim, dim].
+            count: How many samples they are of, at least 2.
+
+        Returns:
+            The statistics, to which more may be added.
+
+        Raises:
+            ValueError: If the shapes do not match, a number is not finite, or the
+                covariance is not symmetric.
+        """
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
+            raise ValueError(
+                f"mean, covariance, count: got {list(mean.shape)}, "
+                f"{list(covariance.shape)}, {count}, expected [dim], [dim, dim] and at "
+                "least 2."
+            )
+        mean, covariance = mean.double(), covariance.double()
+        if not bool(mean.isfinite().all() & covariance.isfinite().all()):
+            raise ValueError("mean, covariance: some numbers are not finite.")
+        if not torch.allclose(covariance, covariance.T, atol=1e-8):
+            raise ValueError("covariance: it is not symmetric.")
+        made = cls(len(mean))
+        made.count, made.mean = count, mean.clone()
+        made._scatter = covariance * (count - 1)
+        return made
+
+    def save(self, path: str | Path) -> None:
+        """Writes `mu` and `sigma` as EDM's files have them, and `count`.
+
+        Args:
+            path: The file, `.npz`.
+
+        Raises:
+            ValueError: If the name has another ending, or there are fewer than two
+                samples.
+        """
+        path = _npz(path)
+        moments = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        np.savez(path, count=self.count, **moments)
+
+    @classmethod
+    def load(cls, path: str | Path, *, count: int | None = None) -> "FeatureStatistics":
+        """Reads what `save` wrote, or statistics of EDM, NVIDIA or clean-fid.
+
+        Args:
+            path: The file, `.npz`, with `mu` and `sigma`.
+            count: How many samples they are of, where the file does not say: 1,281,167
+                for EDM's of ImageNet.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            ValueError: If the file is missing or has no such arrays, or the number of
+                samples is not known, or is another.
+        """
+        path = _npz(path)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files}
+            mean, covariance = (
+                torch.from_numpy(np.asarray(found[name], dtype=np.float64))
+                for name in ("mu", "sigma")
+            )
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise ValueError(
+                f"path: {path} holds no statistics, mu and sigma ({error})."
+            ) from error
+        told = int(found["count"]) if "count" in found else None
+        if told is None and count is None:
+            raise ValueError(
+                f"count: {path} does not say how many samples it is of; give count."
+            )
+        if told is not None and count not in (None, told):
+            raise ValueError(f"count: got {count}, {path} is of {told} samples.")
+        return cls.of_moments(mean, covariance, told or count or 0)
+
     def state_dict(self) -> dict[str, Any]:
         """Gives everything needed to go on."""
         return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
@@ -113,6 +201,13 @@ class FeatureStatistics:
             )
         self.count = int(state["count"])
         self.mean, self._scatter = state["mean"].clone(), state["scatter"].clone()
+
+
+def _npz(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"path: got {path}, expected a name that ends in .npz.")
+    return path
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
