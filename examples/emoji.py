@@ -4,7 +4,7 @@
 
 The full DMD2 of the Stable Diffusion recipes, small enough for a CPU: guidance with the
 empty prompt, distribution matching, the two time-scale update rule, the GAN on real
-emoji, backward simulation for the student of four calls. About twenty minutes on two
+emoji, backward simulation for the student of four calls. A quarter of an hour on two
 cores. It writes a picture of real emoji, teacher and students beside each other,
 curves, a table and the students themselves to OUT.
 
@@ -38,6 +38,7 @@ from emoji_evaluation import (
     TEACHER_STEPS,
     Evaluator,
     Row,
+    require_names,
     teacher_draw,
     teacher_rows,
 )
@@ -142,8 +143,13 @@ class Settings:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} {getattr(self, name)}: expected >= 1.")
-        if not self.steps or min(self.steps) < 1:
-            raise SystemExit(f"--steps {self.steps}: expected numbers >= 1.")
+        for name in ("learning_rate", "critic_learning_rate"):
+            if not getattr(self, name) > 0:
+                flag = name.replace("_", "-")
+                raise SystemExit(f"--{flag} {getattr(self, name)}: expected > 0.")
+        require_names(self.names)
+        if not self.steps or not 1 <= min(self.steps) <= max(self.steps) <= 1000:
+            raise SystemExit(f"--steps {self.steps}: expected numbers of 1 ... 1000.")
         if len(set(self.steps)) < len(self.steps):
             raise SystemExit(f"--steps {self.steps}: name every number once.")
         if not 0 <= self.shortened <= 1:
@@ -166,6 +172,7 @@ class Distillation:
         self.guided = ClassifierFreeGuidance(
             teacher.denoiser, teacher.empty_prompt(), settings.guidance
         )
+        self.teacher = teacher.denoiser
         self.student = trainable_copy(teacher.denoiser)
         head = DiffusionGANHead(channels=96, resolution=4, groups=8)
         self.critic = trainable_copy(
@@ -293,6 +300,12 @@ class Distillation:
         """Samples from the student."""
         return self.simulator.sample(self.student, noise, cond, generator=generator)
 
+    def draw_untrained(
+        self, noise: Tensor, cond: TextPooledCondition, generator: torch.Generator
+    ) -> Tensor:
+        """Samples from what the student was before its training."""
+        return self.simulator.sample(self.teacher, noise, cond, generator=generator)
+
 
 class Stopwatch:
     """The seconds that training took, over all of a run's parts."""
@@ -384,7 +397,7 @@ def sample(settings: Settings) -> None:
     latents = BackwardSimulator(times).sample(student, noise, cond, generator=generator)
     path = settings.out / "drawn.png"
     save_png(picture_of(to_images(latents), each), path)
-    print(f"Wrote {path}: a row for each prompt.")
+    print(f"Wrote {path}: a row of eight for each prompt.")
 
 
 def distil(settings: Settings, steps: int) -> tuple[Distillation, float]:
@@ -450,13 +463,18 @@ def main(settings: Settings) -> None:
         runs[steps], seconds[steps] = distil(settings, steps)
     evaluator = Evaluator(next(iter(runs.values())).encoder, settings.names)
     for steps, run in runs.items():
-        rows[steps] = evaluator.row(run.draw, SEEDS, f"student, {calls_of(steps)}")
+        name = f"untrained, {calls_of(steps)}"
+        rows[name] = steps, evaluator.row(run.draw_untrained, SEEDS, name)
+    for steps, run in runs.items():
+        name = f"student, {calls_of(steps)}"
+        rows[name] = steps, evaluator.row(run.draw, SEEDS, name)
 
     teacher = rows_of_teacher(settings)
     real = evaluator.real_row()
     table = [("real", 0, real)]
-    table += [(f"teacher, {n} steps", 2 * int(n), row) for n, row in teacher.items()]
-    table += [(f"student, {calls_of(n)}", n, row) for n, row in rows.items()]
+    for n, row in teacher.items():
+        table += [(f"teacher, {n} step{'' if n == '1' else 's'}", 2 * int(n), row)]
+    table += [(name, calls, row) for name, (calls, row) in rows.items()]
     summary = {
         "rows": {name: {"calls": calls, **row} for name, calls, row in table},
         "train_seconds": seconds,

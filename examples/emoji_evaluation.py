@@ -91,6 +91,15 @@ def words_of(names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def require_names(names: int) -> None:
+    """Refuses a number of names that no distance can be measured with."""
+    if not FEATURES < names <= NAMES:
+        raise SystemExit(
+            f"--names {names}: expected {FEATURES + 1} ... {NAMES}: more than there "
+            "are features, or the Frechet distance is undefined."
+        )
+
+
 class Evaluator:
     """Holds the real emoji and the classifier, and measures draws against them."""
 
@@ -98,13 +107,8 @@ class Evaluator:
         """`names` is how many, spread over all."""
         self.encoder, self.classifier = encoder, load_classifier()
         self.emoji = load_emoji()
-        count = len(self.emoji.names)
-        if not FEATURES < names <= count:
-            raise SystemExit(
-                f"--names {names}: expected {FEATURES + 1} ... {count}: more than "
-                "there are features, or the Frechet distance is undefined."
-            )
-        rows = torch.linspace(0, count - 1, names).round().long()
+        require_names(names)
+        rows = torch.linspace(0, NAMES - 1, names).round().long()
         self.rows = rows
         self.words = words_of(self.emoji.names)
         self.prompts = [w for w in self.words for _ in range(DRAWS_OF_WORD)]

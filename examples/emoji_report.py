@@ -31,7 +31,7 @@ EXPLAINED = """\
 Top-1, top-5: draws for a name that are recognised as that emoji. Frechet: of draws for
 names to real emoji. Word: draws for a single word whose recognised emoji has it in its
 name. Distinct: different emoji recognised in 8 draws for one word. Calls: for one
-picture."""
+picture. Untrained: the teacher without guidance, called as the student is."""
 
 
 def picture_of(images: Tensor, columns: int, zoom: int = 2) -> Tensor:
@@ -136,6 +136,6 @@ def print_table(rows: Sequence[tuple[str, int, Row]]) -> None:
     for name, calls, row in rows:
         print(
             f"{name:<24}{calls:>6}{row['top1']:>8.3f}{row['top5']:>8.3f}"
-            f"{row['frechet']:>9.2f}{row['word']:>8.3f}{row['distinct']:>10.2f}"
+            f"{abs(row['frechet']):>9.2f}{row['word']:>8.3f}{row['distinct']:>10.2f}"
         )
     print(EXPLAINED)

@@ -316,7 +316,9 @@ class Log:
         # What came after the checkpoint is written again by the resumed run.
         self.file.write_text(
             "".join(
-                line + "\n" for line in self._lines(self.file) if _step(line) <= start
+                line + "\n"
+                for line in self._lines(self.file)
+                if start and _step(line) <= start
             )
         )
         self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)

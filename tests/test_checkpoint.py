@@ -601,3 +601,20 @@ def test_a_checkpoint_is_kept_when_it_is_no_longer_among_the_newest(
     with pytest.raises(ValueError, match="no complete checkpoint"):
         keep_checkpoint(tmp_path / "none", best)
     assert load_checkpoint(best, **other.parts) == 6
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch wraps it in an error of its own, which would look like a full disk."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    run = Run().train(0, 4)
+    save_checkpoint(tmp_path, step=2, **run.parts)
+    monkeypatch.setattr(FileSystemWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, step=4, **run.parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]

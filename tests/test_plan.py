@@ -1,6 +1,8 @@
 """The planner: what it counts is what a run takes."""
 
 import json
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -184,3 +186,17 @@ def test_casts_keep_what_a_module_is() -> None:
         layer = nn.Linear(3, 4).requires_grad_(False).to(torch.bfloat16)
         assert layer.weight.dtype == torch.bfloat16
         assert not layer.weight.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["imagenet", "imagenet-fsdp"])
+def test_the_system_measures_what_is_planned(case: str) -> None:
+    """At the full size of the network, 10 and more GiB, in one process and in two."""
+    script = Path(__file__).parent / "benchmarks" / "planned_memory.py"
+    done = subprocess.run(
+        [sys.executable, str(script), case], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["planned_gib"] > 2
+    assert found["measured_gib"] == pytest.approx(found["planned_gib"], rel=0.15)

@@ -118,6 +118,10 @@ def write_state(
                     no_dist=rank_and_ranks()[1] == 1,
                 )
         except CheckpointException as error:
+            if any(
+                isinstance(e, KeyboardInterrupt) for e, _ in error.failures.values()
+            ):
+                raise KeyboardInterrupt from error
             where = f"{folder}{room_in(folder)}"
             raise OSError(
                 f"directory: could not write {where}: {explain(error)}"

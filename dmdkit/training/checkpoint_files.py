@@ -85,7 +85,7 @@ def write_whole(
         files = {name: value for own in sums for name, value in own.items()}
         manifest = {"step": step, **about, "files": files}
         on_first(lambda: _publish(partial, final, manifest), group)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         # What could not be finished takes no room on a disk that may be full.
         with suppress(OSError):
             if rank_and_ranks()[0] == 0:
