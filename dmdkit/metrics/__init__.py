@@ -1,5 +1,9 @@
 """Metrics: feature statistics, distances of sets, fidelity and variety."""
 
+from dmdkit.metrics.images import centre_crop as centre_crop
+from dmdkit.metrics.images import clean_resize as clean_resize
+from dmdkit.metrics.images import lanczos_resize as lanczos_resize
+from dmdkit.metrics.images import pairwise_diversity as pairwise_diversity
 from dmdkit.metrics.kernel import KernelDistance as KernelDistance
 from dmdkit.metrics.kernel import kernel_distance as kernel_distance
 from dmdkit.metrics.kernel import squared_mmd as squared_mmd
