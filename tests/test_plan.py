@@ -189,14 +189,17 @@ def test_casts_keep_what_a_module_is() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["imagenet", "imagenet-fsdp"])
-def test_the_system_measures_what_is_planned(case: str) -> None:
-    """At the full size of the network, 10 and more GiB, in one process and in two."""
+def test_the_system_measures_what_is_planned() -> None:
+    """At the full size of the network, in one process and in two."""
     script = Path(__file__).parent / "benchmarks" / "planned_memory.py"
     done = subprocess.run(
-        [sys.executable, str(script), case], capture_output=True, text=True, check=False
+        [sys.executable, str(script), "imagenet", "imagenet-fsdp"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["planned_gib"] > 2
-    assert found["measured_gib"] == pytest.approx(found["planned_gib"], rel=0.15)
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        assert found["planned_gib"] > 2
+        assert found["measured_gib"] == pytest.approx(found["planned_gib"], rel=0.15)
