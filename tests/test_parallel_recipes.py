@@ -108,13 +108,15 @@ def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_strategy_and_number_of_processes(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, first: str
 ) -> None:
     """Without a step in between, weights, moments and averages are those saved."""
     command = [EXAMPLES / "sdxl.py", *options(folder), "--ema", "0.9"]
     out = tmp_path / "run"
-    train(*command, "--iterations", "2", "--out", out)
+    saving = ["--strategy", first, "--background-saving", "--iterations", "2"]
+    train(*command, *saving, "--out", out)
     expected = student(out)
     for strategy, ranks in (("fsdp", 2), ("fsdp", 4), ("hsdp", 2), ("ddp", 1)):
         more = ["--iterations", "2", "--resume", "--strategy", strategy]
