@@ -29,6 +29,7 @@ from planning import (
     CATEGORIES,
     GIB,
     Counter,
+    FakeDDP,
     counted_resizes,
     fake_machine,
     gradients_counted,
@@ -165,6 +166,9 @@ def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
         for part in trained:
             if part.ema is not None:
                 counter.put(list(part.ema.state_dict().values()), "optimizer")
+            if isinstance(part.denoiser.network, FakeDDP):
+                buckets = part.denoiser.network.buckets.values()
+                counter.put(list(buckets), "gradients")
         parameters = [p for part in trained for p in part.denoiser.parameters()]
         stack.enter_context(gradients_counted(counter, parameters))
         stack.enter_context(without_reads(run, 0))

@@ -53,17 +53,19 @@ def _apply(
 
 
 class FakeDDP(nn.Module):
-    """Does what DDP does, which reads tensors, but for its copying into buckets.
+    """Does what DDP does, which reads tensors: it keeps buckets, and averages in them.
 
-    Gradients are averaged one by one as a backward makes them: the same bytes are sent,
-    and with gradients as views of buckets the same memory is taken.
+    Gradients are averaged one by one as a backward makes them: the same bytes are sent.
+    Buckets stay when gradients are dropped, as DDP's do.
     """
 
     def __init__(self, module: nn.Module, **_: Any) -> None:
         super().__init__()
         self.module, self.averages = module, True
+        self.buckets: dict[Tensor, Tensor] = {}
         for parameter in module.parameters():
             if parameter.requires_grad:
+                self.buckets[parameter] = torch.zeros_like(parameter)
                 parameter.register_post_accumulate_grad_hook(self._average)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +74,7 @@ class FakeDDP(nn.Module):
 
     def _average(self, parameter: Tensor) -> None:
         if self.averages and parameter.grad is not None:
+            parameter.grad = self.buckets[parameter].copy_(parameter.grad)
             distributed.all_reduce(parameter.grad)
 
     @contextmanager

@@ -15,10 +15,12 @@ import sdxl
 import torch
 import tyro
 from helpers_pipelines import save_sdxl
-from planning import CATEGORIES, GIB, Counter, fake_machine
+from planning import CATEGORIES, GIB, Counter, FakeDDP, fake_machine
 from runs import parse
+from torch import distributed as dist
 from torch import nn
 from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
 
 SMALL = ["--batch-size", "1", "--micro-batch-size", "1", "--critic-steps", "2"]
 
@@ -105,6 +107,35 @@ def test_ddp_sends_the_gradients_once_an_update(teacher: Path) -> None:
         2 * 3 / 4 * 4 * trained, rel=1e-3
     )
     assert found["strategy"] == "ddp"
+
+
+def test_the_stand_in_for_ddp_keeps_what_ddp_keeps() -> None:
+    """Weights, moments and buckets stay after a step, gradients come on top of none."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    found = []
+    try:
+        for wrap in (FakeDDP, DistributedDataParallel):
+            with Counter() as counter:
+                wrapped: Any = wrap(
+                    nn.Linear(500, 500, bias=False), gradient_as_bucket_view=True
+                )
+                optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
+                held = []
+                for _ in range(3):
+                    wrapped(torch.ones(1, 500)).sum().backward()
+                    held.append(sum(counter.live.values()))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    held.append(sum(counter.live.values()))
+                found.append(held)
+                del wrapped, optimizer
+    finally:
+        dist.destroy_process_group()
+    weights = 4 * 500 * 500
+    assert found[0][-1] == pytest.approx(4 * weights, rel=0.01)
+    for stand_in, real in zip(*found, strict=True):
+        assert stand_in == pytest.approx(real, rel=0.01)
 
 
 def test_shards_take_a_share_of_the_memory(teacher: Path) -> None:
