@@ -282,6 +282,11 @@ def without_data(settings: Any) -> Any:
         changes |= {"images": None, "teacher": None}
     settings = replace(settings, **changes)
     settings.check()
+    if settings.run.cpu_offload:
+        raise SystemExit(
+            "--cpu-offload: a plan counts one memory, not what waits in another; leave "
+            "it out."
+        )
     return settings
 
 

@@ -219,6 +219,14 @@ def test_casts_keep_what_a_module_is() -> None:
         assert not layer.weight.requires_grad
 
 
+def test_a_plan_has_one_memory() -> None:
+    given = ["--strategy", "fsdp", "--cpu-offload"]
+    with pytest.raises(SystemExit, match="--cpu-offload: a plan counts one memory"):
+        plan.without_data(parse(sdxl.Settings, sdxl.PRESETS, given))
+    with pytest.raises(SystemExit, match="--cpu-offload: strategy ddp"):
+        plan.without_data(parse(sdxl.Settings, sdxl.PRESETS, given[2:]))
+
+
 @pytest.mark.slow
 def test_the_system_measures_what_is_planned() -> None:
     """At the full size of the network, in one process and in two."""
