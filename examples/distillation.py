@@ -162,7 +162,8 @@ def micro_batches(settings: RecipeSettings, ranks: int) -> tuple[int, int]:
     """How many micro-batches a process takes, and their size."""
     if settings.batch_size % ranks:
         raise SystemExit(
-            f"--batch-size {settings.batch_size}: {ranks} processes must divide it."
+            f"--batch-size {settings.batch_size}: {ranks} processes must divide it; "
+            f"take {settings.batch_size // ranks * ranks}, or other processes."
         )
     own = settings.batch_size // ranks
     parts = -(-own // settings.micro_batch_size)

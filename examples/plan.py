@@ -73,13 +73,19 @@ class Settings:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} {getattr(self, name)}: expected >= 1.")
-        for name in ("tflops", "bandwidth"):
+        for name in ("tflops", "bandwidth", "price"):
             if not getattr(self, name) > 0:
                 raise SystemExit(f"--{name} {getattr(self, name)}: expected > 0.")
-        if self.ranks > self.ranks_per_machine and self.ranks % self.ranks_per_machine:
+
+    def check(self, strategy: str) -> None:
+        """Refuses numbers of processes that a strategy cannot have."""
+        if self.ranks == 1 and strategy != "ddp":
+            raise SystemExit(f"--strategy {strategy}: takes several; give --ranks.")
+        several = self.ranks > self.ranks_per_machine
+        if strategy == "hsdp" and several and self.ranks % self.ranks_per_machine:
             raise SystemExit(
                 f"--ranks {self.ranks}: expected a multiple of --ranks-per-machine "
-                f"{self.ranks_per_machine}."
+                f"{self.ranks_per_machine}, or another of these."
             )
 
 
@@ -147,8 +153,9 @@ def beside(settings: Any) -> int:
 def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
     """Runs a recipe's iterations on fake tensors, and gives the numbers."""
     counter, monitor = Counter(), Monitor()
-    bar = tqdm(total=4, desc="planning", unit="step", leave=False)
     with fake_machine(given.ranks, given.ranks_per_machine), ExitStack() as stack:
+        bar = tqdm(total=4, desc="planning", unit="step", leave=False)
+        stack.callback(bar.close)
         # Random weights do; what is in memory is the same.
         stack.enter_context(patch.object(LPIPSDistance, "_load_backbone", lambda *_: 0))
         stack.enter_context(counted_resizes(counter))
@@ -186,8 +193,7 @@ def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
         bar.update()
         bar.set_postfix_str("generation")
         drawn, counted = _generation(run, counter), run.counts()
-    bar.update()
-    bar.close()
+        bar.update()
     cycle = _cycle(settings, phases, drawn, parts)
     return {
         "recipe": given.recipe,
@@ -293,10 +299,8 @@ def without_data(settings: Any) -> Any:
 def show(plan: dict[str, Any], given: Settings) -> None:
     """Prints a plan as a table."""
     categories, phases = plan["by_category"], plan["peak_gib_by_phase"]
-    strategy = "" if given.ranks == 1 else f", {plan['strategy']}"
     print(
-        f"{plan['recipe']} {plan['preset']}: {given.ranks} "
-        f"process{'es' if given.ranks > 1 else ''}{strategy}, batch "
+        f"{plan['recipe']} {plan['preset']}: {_where(plan)}, batch "
         f"{plan['batch_size']} = {given.ranks} x {plan['micro_batches']} x "
         f"{plan['micro_batch_size']}"
     )
@@ -339,6 +343,11 @@ def show(plan: dict[str, Any], given: Settings) -> None:
     )
 
 
+def _where(plan: dict[str, Any]) -> str:
+    ranks = plan["ranks"]
+    return "one process" if ranks == 1 else f"{ranks} processes, {plan['strategy']}"
+
+
 def save_plot(plan: dict[str, Any], path: Path) -> None:
     """Draws the peak memory by category."""
     import matplotlib as mpl
@@ -346,7 +355,7 @@ def save_plot(plan: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 2.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
     left = 0.0
     bars = {**plan["by_category"], "text encoders, VAE": plan["beside_gib"]}
     for name, value in bars.items():
@@ -356,10 +365,10 @@ def save_plot(plan: dict[str, Any], path: Path) -> None:
     axis.set(
         xlabel="GiB of one process at the peak",
         yticks=[],
-        title=f"{plan['recipe']} {plan['preset']}, {plan['ranks']} x, "
-        f"{plan['strategy']}: {left:.1f} GiB",
+        title=f"{plan['recipe']} {plan['preset']}, {_where(plan)}, "
+        f"{plan['micro_batch_size']} at once: {left:.1f} GiB",
     )
-    axis.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    figure.legend(ncols=3, fontsize=8, loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -369,6 +378,7 @@ def main(given: Settings, options: list[str]) -> dict[str, Any]:
     """Plans, prints, and writes what is asked for."""
     recipe = importlib.import_module(given.recipe)
     settings = without_data(parse(recipe.Settings, recipe.PRESETS, options))
+    given.check(settings.run.strategy)
     plan = planned(settings, recipe, given)
     show(plan, given)
     if given.json is not None:

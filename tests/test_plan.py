@@ -219,6 +219,15 @@ def test_casts_keep_what_a_module_is() -> None:
         assert not layer.weight.requires_grad
 
 
+def test_numbers_of_processes_that_a_strategy_cannot_have() -> None:
+    twelve = tyro.cli(plan.Settings, args=["sdxl", "--ranks", "12"])
+    with pytest.raises(SystemExit, match="a multiple of --ranks-per-machine 8"):
+        twelve.check("hsdp")
+    twelve.check("fsdp")
+    with pytest.raises(SystemExit, match="--strategy fsdp: takes several"):
+        tyro.cli(plan.Settings, args=["sdxl"]).check("fsdp")
+
+
 def test_a_plan_has_one_memory() -> None:
     given = ["--strategy", "fsdp", "--cpu-offload"]
     with pytest.raises(SystemExit, match="--cpu-offload: a plan counts one memory"):

@@ -18,9 +18,10 @@ class BackgroundCheckpoints:
     """Saves as `save_checkpoint` does, but writes in a thread of its own.
 
     `save` copies everything into the CPU's memory, which therefore has to hold it once
-    more, and returns. One checkpoint is written at a time: the next `save` waits. An
-    error of writing is raised by whatever waits. All ranks make and call it alike; they
-    speak through a process group of its own, so that training's is free.
+    more, and returns; training may change everything at once. One checkpoint is written
+    at a time: the next `save` waits, and so does the end of a `with` block. An error of
+    writing is raised by whatever waits. All ranks make and call it alike; they speak
+    through a process group of its own, so that training's is free.
 
     Example:
         ```python
