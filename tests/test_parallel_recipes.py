@@ -26,7 +26,12 @@ def torchrun(*command: str | Path, ranks: int = 2) -> subprocess.CompletedProces
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Else a process that torchrun started again may read addresses of before.
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
         timeout=600,
     )
 
