@@ -500,15 +500,19 @@ def distil(settings: Any, build: Callable[[Any, int, int], Distillation]) -> Non
                 if settings.run.background_saving:
                     folder.background = stack.enter_context(BackgroundCheckpoints())
                 seconds = train(run, folder, stop)
+                trained = peak_memory_gib(run.device)
         except (BadImageError, NonFiniteError) as error:
             raise SystemExit(str(error)) from error
         run.export(settings.run.out / "student", settings.iterations)
         if ranks.rank == 0:
-            summarise(run, seconds, before)
+            memory = {"imports": before, "training": trained}
+            summarise(run, seconds, memory)
 
 
-def summarise(run: Distillation, seconds: dict[str, float], before: float) -> None:
-    """Writes and prints what the run took; `before` is what the imports had taken."""
+def summarise(
+    run: Distillation, seconds: dict[str, float], memory: dict[str, float]
+) -> None:
+    """Writes and prints what the run took; `memory` are peaks after parts of it."""
     settings, out = run.settings, run.run_settings.out
     file = out / "summary.json"
     if not seconds and file.is_file():
@@ -527,7 +531,7 @@ def summarise(run: Distillation, seconds: dict[str, float], before: float) -> No
         "precision": settings.precision,
         "seconds_per_iteration": seconds,
         "peak_memory_gib": peak_memory_gib(run.device),
-        "imports_memory_gib": before,
+        "peak_memory_gib_after": memory,
     }
     file.write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():

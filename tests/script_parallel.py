@@ -42,6 +42,8 @@ def settings(folder: Path, recipe: str, *options: str) -> Any:
     given += ["--micro-batch-size", "2", "--critic-steps", "2"]
     if recipe == "imagenet":
         given += ["--teacher", f"{folder / 'adm'}", "--images", f"{folder / 'images'}"]
+        # Teacher and critic start alike, and their difference is rounding at first.
+        given += ["--gan-weight", "1"]
     else:
         given += ["--pretrained", f"{folder / recipe}", "--lora-rank", "4"]
         given += ["--prompts", f"{folder / 'p.txt'}", "--gan"]
@@ -152,8 +154,10 @@ def check(folder: Path, rank: int, ranks: int, recipe: str, *options: str) -> No
             # Of what the weights have moved, not of the weights themselves.
             difference = ((a - b).norm() / (b - start).norm()).item()
             print(f"{recipe} {options} {name} {step}: {difference:.1e}", flush=True)
-            # The first step is the gradient; from then on rounding grows.
-            tolerance = 1e-2 if low else 1e-5 if step == 1 else 1e-3
+            # The first step is the gradient, of which 2e-6 was found to differ (by ADM
+            # under FSDP2 9e-6); from then on rounding grows.
+            gradient = 3e-5 if recipe == "imagenet" else 1e-5
+            tolerance = 1e-2 if low else gradient if step == 1 else 1e-3
             assert difference < tolerance, f"{name}, iteration {step}: {difference:.2e}"
         if low:
             return  # rounding to 8 bits makes two runs of any kind part soon
