@@ -397,7 +397,10 @@ def test_prompts_are_drawn_from_an_exported_student(
     ("options", "message"),
     [
         (["--steps", "1", "1"], "name every number once"),
-        (["--steps", "0"], "expected numbers >= 1"),
+        (["--steps", "0"], r"expected numbers of 1 \.\.\. 1000"),
+        (["--steps", "1001"], r"expected numbers of 1 \.\.\. 1000"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0: expected > 0"),
+        (["--names", "20"], r"--names 20: expected 65 \.\.\. 459"),
         (["--batch-size", "0"], "--batch-size 0: expected >= 1"),
         (["--shortened", "1.5"], r"--shortened 1\.5: expected 0 \.\.\. 1"),
         (["--teacher", "no.safetensors"], "is missing: train it"),
