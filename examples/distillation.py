@@ -163,7 +163,7 @@ def micro_batches(settings: RecipeSettings, ranks: int) -> tuple[int, int]:
     if settings.batch_size % ranks:
         raise SystemExit(
             f"--batch-size {settings.batch_size}: {ranks} processes must divide it; "
-            f"take {settings.batch_size // ranks * ranks}, or other processes."
+            f"take {max(settings.batch_size // ranks, 1) * ranks}, or other processes."
         )
     own = settings.batch_size // ranks
     parts = -(-own // settings.micro_batch_size)
