@@ -1,0 +1,94 @@
+"""The cells of the study: what is trained, and which tables and figures show it."""
+
+from dataclasses import dataclass, replace
+
+from families import FamilyName
+
+GAN_WEIGHT = 3e-2
+"""Of the generator's GAN loss, as in `examples/digits.py`."""
+GUIDANCE = 2.0
+"""Scale of the teacher's guidance in Table 4."""
+REGRESSION_WEIGHT = 0.25
+"""Of DMD's regression loss (DMD, section 4.3)."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train a student; everything not named here is the same for all."""
+
+    name: str
+    tables: tuple[str, ...]
+    """Where it is shown: "1", "3", "4" are the paper's tables, "8" and "9" its
+    figures, "B" its appendix, "steps" and "families" are ours."""
+    critic_steps: int = 5
+    """Critic updates to one generator update."""
+    distribution_matching: bool = True
+    regression: bool = False
+    """Whether DMD's regression loss on the teacher's pairs is added."""
+    gan_weight: float = GAN_WEIGHT
+    """0 is no GAN, and no discriminator."""
+    critic_rate: float = 1.0
+    """The critic's learning rate in the student's."""
+    steps: int = 1
+    """Calls of the student to one sample."""
+    backward_simulation: bool = True
+    """Else inputs are real data with noise."""
+    guidance: float = 1.0
+    family: FamilyName = "edm"
+    pretraining: float = 0.0
+    """Budgets of training without the GAN beforehand, at the full learning rate; the
+    GAN's stage then has a quarter of it."""
+    budgets: float = 1.0
+    """Critic updates, in budgets, of the last stage."""
+
+    @property
+    def table(self) -> str:
+        """The tables in one word, as the results have them."""
+        return "+".join(self.tables)
+
+
+def _cells() -> tuple[Cell, ...]:
+    ttur = Cell("ttur", ("3", "8", "9", "B"), gan_weight=0.0)
+    alone = Cell("gan-alone", ("3",), critic_steps=1, distribution_matching=False)
+    four = Cell("four-step", ("4",), steps=4, guidance=GUIDANCE)
+    return (
+        Cell("dmd2", ("1", "3", "B", "steps", "families")),
+        replace(ttur, name="no-regression", tables=("3", "8", "9"), critic_steps=1),
+        ttur,
+        replace(ttur, name="dmd", tables=("3", "9"), critic_steps=1, regression=True),
+        alone,
+        replace(alone, name="gan-ttur", critic_steps=5),
+        four,
+        replace(four, name="four-step-no-gan", gan_weight=0.0),
+        replace(four, name="four-step-no-dm", distribution_matching=False),
+        replace(four, name="four-step-no-simulation", backward_simulation=False),
+        Cell("dmd2-longer", ("1",), pretraining=2.0, budgets=0.75),
+        replace(ttur, name="ratio-10", tables=("8", "9"), critic_steps=10),
+        replace(
+            ttur,
+            name="asynchronous",
+            tables=("8", "9"),
+            critic_steps=1,
+            critic_rate=5.0,
+        ),
+        Cell("vp", ("families",), family="vp"),
+        Cell("flow", ("families",), family="flow"),
+        *(Cell(f"steps-{n}", ("steps",), steps=n) for n in (2, 4, 8)),
+        *(
+            Cell(f"gan-weight-{weight:g}", ("B",), gan_weight=weight)
+            for weight in (3e-3, 1e-2, 1e-1, 3e-1)
+        ),
+    )
+
+
+CELLS = {cell.name: cell for cell in _cells()}
+FASHION_TABLES = ("1", "3")
+"""What Fashion-MNIST is trained for."""
+
+
+def cells_of(data: str) -> tuple[Cell, ...]:
+    """The cells that a data set has, in the order in which they are run."""
+    chosen = tuple(CELLS.values())
+    if data == "digits":
+        return chosen
+    return tuple(c for c in chosen if set(c.tables) & set(FASHION_TABLES))
