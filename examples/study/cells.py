@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from families import FamilyName
+from study.families import FamilyName
 
 GAN_WEIGHT = 3e-2
 """Of the generator's GAN loss, as in `examples/digits.py`."""

@@ -1,19 +1,14 @@
 """The two data sets of the study, with what each needs: images, teacher, classifier."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TypeAlias
 
-import torch
-from torch import Tensor
-
-sys.path.append(str(Path(__file__).parents[1]))
-
 import digits_common as digits
-import fashion
+import torch
+from study import fashion
+from torch import Tensor
 
 from dmdkit import ScoreEstimator
 

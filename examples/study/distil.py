@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from cells import REGRESSION_WEIGHT, Cell
-from datasets import Data
-from families import family, in_family, student_times
+from study.cells import REGRESSION_WEIGHT, Cell
+from study.datasets import Data
+from study.families import family, in_family, student_times
 from torch import Tensor, nn
 
 from dmdkit import (

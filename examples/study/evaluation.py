@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from datasets import Data, balanced_labels
+from study.datasets import Data, balanced_labels
 from torch import Tensor
 
 from dmdkit import FeatureStatistics, frechet_distance, nearest_distance

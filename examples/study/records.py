@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cells import CELLS
 from PIL import Image
-from teachers import TEACHERS
+from study.cells import CELLS
+from study.teachers import TEACHERS
 from torch import Tensor
 
 RESULTS = (

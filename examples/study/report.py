@@ -7,13 +7,17 @@ The page's tables stand between two comments and are replaced; its words are lef
 
 import re
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 from digits_common import parse
-from records import read
+from study.records import read
 
 mpl.use("Agg")
 

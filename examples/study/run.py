@@ -10,6 +10,7 @@ of `report.py`.
 """
 
 import multiprocessing
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -17,14 +18,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cells import CELLS, cells_of
-from datasets import DATA, Data
+
+sys.path.append(str(Path(__file__).parents[1]))
+
 from digits_common import parse
-from distil import Run, Trained, train
-from evaluation import SAMPLES, Evaluator
-from records import Records, Task, commit_of
-from report import write_report
-from teachers import TEACHERS, draw_teacher
+from study.cells import CELLS, cells_of
+from study.datasets import DATA, Data
+from study.distil import Run, Trained, train
+from study.evaluation import SAMPLES, Evaluator
+from study.records import Records, Task, commit_of
+from study.report import write_report
+from study.teachers import TEACHERS, draw_teacher
 from tqdm import tqdm
 
 DataName = Literal["digits", "fashion"]
@@ -43,14 +47,14 @@ class Settings:
     seeds: int = 5
     """Training seeds of a cell on digits, from 1."""
     fashion_seeds: int = 3
-    budget: int = 1000
+    budget: int = 600
     """Critic updates of a cell, the same for all."""
     workers: int = 2
     """Runs at a time, one thread each."""
     out: Path = Path("runs/study")
     """Where results.csv, measures.csv, curves.csv and sample grids go."""
     quick: bool = False
-    """Digits alone, one seed, some cells, a tenth of the budget, into OUT/quick."""
+    """Digits alone, one seed, some cells, a sixth of the budget, into OUT/quick."""
     dry_run: bool = False
     """Only say what is left and how long it would take."""
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from cells import GUIDANCE
-from datasets import Data
-from evaluation import Draw
+from study.cells import GUIDANCE
+from study.datasets import Data
+from study.evaluation import Draw
 from torch import Tensor
 
 from dmdkit import (

@@ -20,7 +20,7 @@ from tqdm import trange
 sys.path.append(str(Path(__file__).parents[1]))
 
 from digits_common import parse, save_weights
-from fashion import (
+from study.fashion import (
     CLASSIFIER_FILE,
     NULL_CLASS,
     SIGMA_DATA,
