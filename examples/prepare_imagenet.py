@@ -13,26 +13,23 @@ import hashlib
 import io
 import json
 import os
-import zipfile
-from collections import Counter, deque
-from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import tyro
 from PIL import Image
+from prepared_images import FolderSink, Sink, ZipSink, map_in_order
 from tqdm import tqdm
 
 CLASSES = 1000
 SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 MODES = ("RGB", "L", "CMYK", "YCbCr", "RGBA", "LA", "P", "1")
-PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-LABELS, PLAN = "dataset.json", "plan.json"
-CHUNK = 32
+LABELS = "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,6 @@ class Settings:
                 f"DEST {self.dest} lies in SOURCE, where every folder is a class; name "
                 "another."
             )
-
-    @property
-    def partial(self) -> Path:
-        """What is made before it gets its name."""
-        return self.dest.with_name(f"{self.dest.name}.partial")
 
 
 class Source(NamedTuple):
@@ -141,121 +133,32 @@ def to_png(path: Path, resolution: int) -> bytes | str:
     return png.getvalue()
 
 
-def to_pngs(paths: list[Path], resolution: int) -> list[bytes | str]:
-    """Crops some files; what a worker is asked for at once."""
-    return [to_png(path, resolution) for path in paths]
-
-
-def crop_all(settings: Settings, sources: list[Source]) -> Generator[bytes | str]:
-    """Crops in order, in worker processes that are never far ahead."""
-    paths = [settings.source / source.file for source in sources]
-    chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
-    if settings.workers == 0:
-        for path in paths:
-            yield to_png(path, settings.resolution)
-        return
-    pool = ProcessPoolExecutor(settings.workers)
-    waiting: deque[Future[list[bytes | str]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(to_pngs, chunk, settings.resolution))
-            if len(waiting) > 4 * settings.workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class Sink(Protocol):
-    """Where the files of the data set go."""
-
-    def has(self, name: str) -> bool:
-        """Whether a file is there, and whole, from an earlier run."""
-        ...
-
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file."""
-        ...
-
-    def finish(self) -> None:
-        """Gives the data set its name."""
-        ...
-
-
-class FolderSink:
-    """A folder that is continued if it is there and was begun for the same images."""
-
-    def __init__(self, settings: Settings, sources: list[Source]) -> None:
-        self.partial, self.dest = settings.partial, settings.dest
-        listing = "\n".join(source.file for source in sources)
-        plan = {
-            "resolution": settings.resolution,
-            "images": len(sources),
-            "sha256": hashlib.sha256(listing.encode()).hexdigest(),
-        }
-        self.partial.mkdir(parents=True, exist_ok=True)
-        file = self.partial / PLAN
-        if not file.is_file():
-            self.write(PLAN, json.dumps(plan).encode())
-        elif (found := json.loads(file.read_text())) != plan:
-            raise SystemExit(
-                f"{self.partial} was begun for {found}, now it is {plan}; remove it "
-                "to start anew."
-            )
-
-    def has(self, name: str) -> bool:
-        try:
-            with (self.partial / name).open("rb") as file:
-                file.seek(-len(PNG_END), os.SEEK_END)
-                return file.read() == PNG_END
-        except OSError:
-            return False
-
-    def write(self, name: str, data: bytes) -> None:
-        path = self.partial / name
-        path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-
-    def finish(self) -> None:
-        (self.partial / PLAN).unlink()
-        self.partial.rename(self.dest)
-
-
-class ZipSink:
-    """A zip without compression, which PNGs do not need; begun anew each time."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.partial, self.dest = settings.partial, settings.dest
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        self.zip = zipfile.ZipFile(self.partial, "w", zipfile.ZIP_STORED)
-
-    def has(self, name: str) -> bool:
-        return False
-
-    def write(self, name: str, data: bytes) -> None:
-        # ZipInfo's own date, so that the same images make the same file.
-        info = zipfile.ZipInfo(name)
-        info.external_attr = 0o644 << 16
-        self.zip.writestr(info, data)
-
-    def finish(self) -> None:
-        self.zip.close()
-        self.partial.rename(self.dest)
+def plan_of(settings: Settings, sources: list[Source]) -> dict[str, Any]:
+    """What a folder is begun for."""
+    listing = "\n".join(source.file for source in sources)
+    return {
+        "resolution": settings.resolution,
+        "images": len(sources),
+        "sha256": hashlib.sha256(listing.encode()).hexdigest(),
+    }
 
 
 def prepare(settings: Settings) -> None:
     """Makes the data set and prints what it holds."""
     sources = find_sources(settings.source)
     is_zip = settings.dest.suffix.lower() == ".zip"
-    sink: Sink = ZipSink(settings) if is_zip else FolderSink(settings, sources)
+    sink: Sink = (
+        ZipSink(settings.dest)
+        if is_zip
+        else FolderSink(settings.dest, plan_of(settings, sources))
+    )
     done = {source.name for source in sources if sink.has(source.name)}
     todo = [source for source in sources if source.name not in done]
     bad: set[str] = set()
     bar = tqdm(total=len(sources), initial=len(done), desc="cropping", unit="image")
-    with bar, closing(crop_all(settings, todo)) as pngs:
+    crop = partial(to_png, resolution=settings.resolution)
+    paths = [settings.source / source.file for source in todo]
+    with bar, closing(map_in_order(crop, paths, settings.workers)) as pngs:
         for source, png in zip(todo, pngs, strict=True):
             if isinstance(png, bytes):
                 sink.write(source.name, png)

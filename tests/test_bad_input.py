@@ -177,6 +177,7 @@ def test_a_mistake_is_one_readable_line(name: str) -> None:
 def test_importing_dmdkit_is_light() -> None:
     heavy = ["diffusers", "torchvision", "timm", "lpips", "transformers", "peft"]
     heavy += ["sklearn", "matplotlib", "scipy", "tensorboard", "torch._dynamo"]
+    heavy += ["open_clip", "torch_fidelity", "huggingface_hub"]
     program = (
         "import json, sys, dmdkit; "
         f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"

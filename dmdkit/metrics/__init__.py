@@ -1,16 +1,42 @@
-"""Metrics: feature statistics, distances of sets, fidelity and variety."""
+"""Metrics: features, distances of sets, protocols, fidelity and variety."""
 
+from dmdkit.metrics.clip import CLIPEncoder as CLIPEncoder
+from dmdkit.metrics.dinov2 import DINOv2Features as DINOv2Features
+from dmdkit.metrics.features import CallableFeatures as CallableFeatures
+from dmdkit.metrics.features import ImageFeatures as ImageFeatures
+from dmdkit.metrics.images import bicubic_resize as bicubic_resize
 from dmdkit.metrics.images import centre_crop as centre_crop
+from dmdkit.metrics.images import centre_patch as centre_patch
 from dmdkit.metrics.images import clean_resize as clean_resize
 from dmdkit.metrics.images import lanczos_resize as lanczos_resize
 from dmdkit.metrics.images import pairwise_diversity as pairwise_diversity
+from dmdkit.metrics.inception import InceptionFeatures as InceptionFeatures
 from dmdkit.metrics.kernel import KernelDistance as KernelDistance
 from dmdkit.metrics.kernel import kernel_distance as kernel_distance
 from dmdkit.metrics.kernel import squared_mmd as squared_mmd
 from dmdkit.metrics.manifold import DensityCoverage as DensityCoverage
 from dmdkit.metrics.manifold import PrecisionRecall as PrecisionRecall
 from dmdkit.metrics.manifold import density_coverage as density_coverage
+from dmdkit.metrics.manifold import nearest_distance as nearest_distance
 from dmdkit.metrics.manifold import precision_recall as precision_recall
+from dmdkit.metrics.paper import CLIP_SCORE as CLIP_SCORE
+from dmdkit.metrics.paper import CLIP_SCORE_BIGG as CLIP_SCORE_BIGG
+from dmdkit.metrics.paper import COCO10K_512 as COCO10K_512
+from dmdkit.metrics.paper import COCO30K_256 as COCO30K_256
+from dmdkit.metrics.paper import FD_DINOV2 as FD_DINOV2
+from dmdkit.metrics.paper import IMAGENET64_EDM as IMAGENET64_EDM
+from dmdkit.metrics.paper import LPIPS_DIVERSITY as LPIPS_DIVERSITY
+from dmdkit.metrics.paper import PATCH_FID_299 as PATCH_FID_299
+from dmdkit.metrics.paper import CLIPScoreProtocol as CLIPScoreProtocol
+from dmdkit.metrics.paper import DiversityProtocol as DiversityProtocol
+from dmdkit.metrics.protocols import DistanceProtocol as DistanceProtocol
+from dmdkit.metrics.protocols import Step as Step
+from dmdkit.metrics.protocols import describe_protocol as describe_protocol
+from dmdkit.metrics.protocols import prepare_images as prepare_images
+from dmdkit.metrics.results import Accuracy as Accuracy
+from dmdkit.metrics.results import Measured as Measured
+from dmdkit.metrics.results import OverSeeds as OverSeeds
+from dmdkit.metrics.results import class_accuracy as class_accuracy
+from dmdkit.metrics.results import over_seeds as over_seeds
 from dmdkit.metrics.statistics import FeatureStatistics as FeatureStatistics
 from dmdkit.metrics.statistics import frechet_distance as frechet_distance
-from dmdkit.metrics.statistics import nearest_distance as nearest_distance

@@ -32,8 +32,8 @@ def centre_crop(pixels: Pixels, size: int | None = None) -> Squares:
 
     Args:
         pixels: Images, [b, c, h, w].
-        size: Width and height of the middle; the smaller side if None. Of an odd margin
-            the larger half is cut at the bottom and on the right.
+        size: Width and height of the middle; the smaller side if None. Half of an odd
+            margin is rounded to the even number, as torchvision does.
 
     Returns:
         The middles, [b, c, size, size].
@@ -48,8 +48,25 @@ def centre_crop(pixels: Pixels, size: int | None = None) -> Squares:
             f"size: got {size} for images of {height}x{width}, expected 1 ... "
             f"{min(height, width)}; nothing is resized here."
         )
-    top, left = (height - size) // 2, (width - size) // 2
+    top, left = round((height - size) / 2), round((width - size) / 2)
     return pixels[..., top : top + size, left : left + size]
+
+
+@checked
+def centre_patch(pixels: Pixels, size: int = 299) -> UInt8[Tensor, "b c hh ww"]:
+    """Cuts the middle out of images that are large enough, and leaves others whole.
+
+    The patch FID of the official code does so: some of COCO's images have a side below
+    299, and are resized whole.
+
+    Args:
+        pixels: Images, [b, c, h, w].
+        size: Width and height of the middle.
+
+    Returns:
+        The middles, [b, c, size, size], or the images.
+    """
+    return centre_crop(pixels, size) if min(pixels.shape[-2:]) >= size else pixels
 
 
 @checked
@@ -68,14 +85,40 @@ def lanczos_resize(pixels: Pixels, size: int) -> Squares:
     Raises:
         ValueError: If the size is out of range, or the channels are not 1 or 3.
     """
+    return _resize(pixels, size, Image.Resampling.LANCZOS)
+
+
+@checked
+def bicubic_resize(pixels: Pixels, size: int) -> Squares:
+    """Resizes as PIL does with its bicubic filter, to 256 levels.
+
+    Distances on DINOv2 take images of 224 pixels so (Stein et al. 2023, arXiv
+    2306.04675, official code).
+
+    Args:
+        pixels: Images, [b, 3, h, w] or [b, 1, h, w].
+        size: Width and height, >= 1.
+
+    Returns:
+        The images, [b, c, size, size], on the CPU.
+
+    Raises:
+        ValueError: If the size is out of range, or the channels are not 1 or 3.
+    """
+    return _resize(pixels, size, Image.Resampling.BICUBIC)
+
+
+def pil_images(pixels: Tensor) -> list[Image.Image]:
+    """Images of 256 levels, [b, 3, h, w] or [b, 1, h, w], as PIL has them."""
+    arrays = pixels.cpu().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x) for x in arrays]
+
+
+def _resize(pixels: Tensor, size: int, kind: Image.Resampling) -> Tensor:
     _require(pixels, size)
-    resized = []
-    for image in pixels.cpu():
-        array = image.permute(1, 2, 0).numpy()
-        opened = Image.fromarray(array[..., 0] if len(image) == 1 else array)
-        scaled = np.asarray(opened.resize((size, size), Image.Resampling.LANCZOS))
-        resized.append(torch.tensor(scaled).reshape(size, size, -1).permute(2, 0, 1))
-    return torch.stack(resized)
+    resized = [np.array(x.resize((size, size), kind)) for x in pil_images(pixels)]
+    stacked = torch.tensor(np.stack(resized)).reshape(len(pixels), size, size, -1)
+    return stacked.permute(0, 3, 1, 2).contiguous()
 
 
 @checked

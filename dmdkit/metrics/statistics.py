@@ -1,6 +1,5 @@
 """Streaming feature statistics and the distances between them."""
 
-import math
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dmdkit._checked import checked
-from dmdkit.types import PerSample
+from dmdkit.training.ranks import gathered
 
 
 class FeatureStatistics:
@@ -22,6 +21,9 @@ class FeatureStatistics:
 
     Args:
         dim: The number of features.
+        features: The name of what the features are of: network, weights, preparation
+            of the images. Statistics with two names are neither merged nor compared.
+            None: it is not known, as in other programs' files.
 
     Raises:
         ValueError: If `dim` is not positive.
@@ -34,10 +36,10 @@ class FeatureStatistics:
         tensor([1., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, features: str | None = None) -> None:
         if dim < 1:
             raise ValueError(f"dim: got {dim}, expected at least 1.")
-        self.dim = dim
+        self.dim, self.features = dim, features
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
@@ -60,7 +62,8 @@ class FeatureStatistics:
         if not bool(torch.isfinite(values).all()):
             raise ValueError("features: some are not finite.")
         batch = FeatureStatistics.__new__(FeatureStatistics)
-        batch.dim, batch.count = self.dim, values.shape[0]
+        batch.dim, batch.features = self.dim, None
+        batch.count = values.shape[0]
         batch.mean = values.mean(dim=0)
         centred = values - batch.mean
         batch._scatter = centred.T @ centred
@@ -70,13 +73,15 @@ class FeatureStatistics:
         """Adds the statistics of another part.
 
         Args:
-            other: Statistics of the same number of features.
+            other: Statistics of the same features.
 
         Raises:
-            ValueError: If the number of features is another.
+            ValueError: If the number of features is another, or their name.
         """
         if other.dim != self.dim:
             raise ValueError(f"other: {other.dim} features, expected {self.dim}.")
+        _require_same_features("other", other.features, self.features)
+        self.features = self.features or other.features
         total = self.count + other.count
         if other.count == 0:
             return
@@ -88,6 +93,24 @@ class FeatureStatistics:
         )
         self.mean = self.mean + step * (other.count / total)
         self.count = total
+
+    def merged_ranks(self) -> "FeatureStatistics":
+        """Gives the statistics of all ranks, merged in their order, on every rank.
+
+        A collective call if there are ranks. One process and several agree to rounding.
+
+        Returns:
+            The statistics of all.
+
+        Raises:
+            ValueError: If the ranks have other features.
+        """
+        merged = FeatureStatistics(self.dim, self.features)
+        for state in gathered(self.state_dict()):
+            part = FeatureStatistics(len(state["mean"]))
+            part.load_state_dict(state)
+            merged.merge(part)
+        return merged
 
     @property
     def covariance(self) -> Tensor:
@@ -102,7 +125,11 @@ class FeatureStatistics:
 
     @classmethod
     def of_moments(
-        cls, mean: Tensor, covariance: Tensor, count: int
+        cls,
+        mean: Tensor,
+        covariance: Tensor,
+        count: int,
+        features: str | None = None,
     ) -> "FeatureStatistics":
         """Makes statistics of moments that are known.
 
@@ -110,6 +137,7 @@ class FeatureStatistics:
             mean: The mean, [dim].
             covariance: The unbiased covariance, [dim, dim].
             count: How many samples they are of, at least 2.
+            features: The name of the features.
 
         Returns:
             The statistics, to which more may be added.
@@ -129,13 +157,13 @@ class FeatureStatistics:
             raise ValueError("mean, covariance: some numbers are not finite.")
         if not torch.allclose(covariance, covariance.T, atol=1e-8):
             raise ValueError("covariance: it is not symmetric.")
-        made = cls(len(mean))
+        made = cls(len(mean), features)
         made.count, made.mean = count, mean.clone()
         made._scatter = covariance * (count - 1)
         return made
 
     def save(self, path: str | Path) -> None:
-        """Writes `mu` and `sigma` as EDM's files have them, and `count`.
+        """Writes `mu` and `sigma` as EDM's files have them, `count` and `features`.
 
         Args:
             path: The file, `.npz`.
@@ -146,7 +174,9 @@ class FeatureStatistics:
         """
         path = _npz(path)
         moments = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
-        np.savez(path, count=self.count, **moments)
+        if self.features is not None:
+            moments["features"] = np.array(self.features)
+        np.savez(path, allow_pickle=False, count=self.count, **moments)
 
     @classmethod
     def load(cls, path: str | Path, *, count: int | None = None) -> "FeatureStatistics":
@@ -183,24 +213,37 @@ class FeatureStatistics:
             )
         if told is not None and count not in (None, told):
             raise ValueError(f"count: got {count}, {path} is of {told} samples.")
-        return cls.of_moments(mean, covariance, told or count or 0)
+        features = str(found["features"]) if "features" in found else None
+        return cls.of_moments(mean, covariance, told or count or 0, features)
 
     def state_dict(self) -> dict[str, Any]:
         """Gives everything needed to go on."""
-        return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
+        return {
+            "count": self.count,
+            "mean": self.mean,
+            "scatter": self._scatter,
+            "features": self.features,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave.
 
         Raises:
-            ValueError: If the number of features is another.
+            ValueError: If the number of features is another, or their name.
         """
         if state["mean"].shape != (self.dim,):
             raise ValueError(
                 f"state: {state['mean'].numel()} features, expected {self.dim}."
             )
+        _require_same_features("state", state.get("features"), self.features)
+        self.features = self.features or state.get("features")
         self.count = int(state["count"])
         self.mean, self._scatter = state["mean"].clone(), state["scatter"].clone()
+
+
+def _require_same_features(argument: str, got: str | None, own: str | None) -> None:
+    if None not in (got, own) and got != own:
+        raise ValueError(f"{argument}: features of {got}, expected those of {own}.")
 
 
 def _npz(path: str | Path) -> Path:
@@ -226,11 +269,12 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         The distance, >= 0 up to rounding.
 
     Raises:
-        ValueError: If the number of features differs, or a set is smaller than it
-            (its covariance would be singular).
+        ValueError: If the features differ in number or name, or a set is no larger
+            than their number (its covariance would be singular).
     """
     if a.dim != b.dim:
         raise ValueError(f"a, b: {a.dim} and {b.dim} features, expected as many.")
+    _require_same_features("b", b.features, a.features)
     for name, statistics in (("a", a), ("b", b)):
         if statistics.count <= statistics.dim:
             raise ValueError(
@@ -243,39 +287,3 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0)
     trace = a.covariance.trace() + b.covariance.trace() - 2 * cross.sqrt().sum()
     return float((a.mean - b.mean).square().sum() + trace)
-
-
-@checked
-def nearest_distance(
-    samples: Float[Tensor, " b f"],
-    reference: Float[Tensor, " n f"],
-    *,
-    skip_identical: bool = False,
-) -> PerSample:
-    """The Euclidean distance of each sample to the nearest of a reference set.
-
-    Held against the distances of held-out real samples it shows memorising: a student
-    that copies training images is nearer to them than real images are.
-
-    Args:
-        samples: Flattened samples or features, [b, f].
-        reference: The reference set, [n, f].
-        skip_identical: Leaves out distances of exactly 0, to hold a set against itself.
-
-    Returns:
-        The distances, fp64 [b].
-
-    Raises:
-        ValueError: If the shapes do not match or the reference is empty.
-    """
-    if reference.shape[0] == 0:
-        raise ValueError("reference: it is empty.")
-    rows = []
-    for chunk in samples.double().split(1024):
-        distances = torch.cdist(
-            chunk, reference.double(), compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        if skip_identical:
-            distances = distances.masked_fill(distances == 0, math.inf)
-        rows.append(distances.min(dim=1).values)
-    return torch.cat(rows)
