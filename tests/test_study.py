@@ -113,7 +113,10 @@ def moved(run: Run, steps: int) -> tuple[bool, bool]:
     return student, critic
 
 
-@pytest.mark.parametrize("name", ["dmd2", "dmd", "gan-alone", "vp", "flow", "ratio-10"])
+@pytest.mark.parametrize(
+    "name",
+    ["dmd2", "dmd", "gan-alone", "vp", "flow", "ratio-10", "shared-both-passes"],
+)
 def test_both_networks_move_and_the_student_at_its_ratio(name: str) -> None:
     run = run_of(name)
     assert moved(run, 2) == (True, True)

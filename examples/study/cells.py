@@ -19,7 +19,7 @@ class Cell:
     name: str
     tables: tuple[str, ...]
     """Where it is shown: "1", "3", "4" are the paper's tables, "8" and "9" its
-    figures, "B" its appendix, "steps" and "families" are ours."""
+    figures, "B" its appendix, "steps", "families" and "shared" are ours."""
     critic_steps: int = 5
     """Critic updates to one generator update."""
     distribution_matching: bool = True
@@ -35,6 +35,10 @@ class Cell:
     """Else inputs are real data with noise."""
     guidance: float = 1.0
     family: FamilyName = "edm"
+    shared_critic_pass: bool = False
+    """Whether denoising and discriminator read one pass of the critic."""
+    shared_generator_pass: bool = False
+    """Whether distribution matching and the GAN read one pass of the critic."""
     pretraining: float = 0.0
     """Budgets of training without the GAN beforehand, at the full learning rate; the
     GAN's stage then has a quarter of it."""
@@ -52,7 +56,7 @@ def _cells() -> tuple[Cell, ...]:
     alone = Cell("gan-alone", ("3",), critic_steps=1, distribution_matching=False)
     four = Cell("four-step", ("4",), steps=4, guidance=GUIDANCE)
     return (
-        Cell("dmd2", ("1", "3", "B", "steps", "families")),
+        Cell("dmd2", ("1", "3", "B", "steps", "families", "shared")),
         replace(ttur, name="no-regression", tables=("3", "8", "9"), critic_steps=1),
         ttur,
         replace(ttur, name="dmd", tables=("3", "9"), critic_steps=1, regression=True),
@@ -78,10 +82,19 @@ def _cells() -> tuple[Cell, ...]:
             Cell(f"gan-weight-{weight:g}", ("B",), gan_weight=weight)
             for weight in (3e-3, 1e-2, 1e-1, 3e-1)
         ),
+        Cell("shared-critic-pass", ("shared",), shared_critic_pass=True),
+        Cell(
+            "shared-both-passes",
+            ("shared",),
+            shared_critic_pass=True,
+            shared_generator_pass=True,
+        ),
     )
 
 
 CELLS = {cell.name: cell for cell in _cells()}
+SEEDS = {"digits": 5, "fashion": 3}
+"""Training seeds of a cell, from 1."""
 FASHION_TABLES = ("1", "3")
 """What Fashion-MNIST is trained for."""
 

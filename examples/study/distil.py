@@ -26,6 +26,8 @@ from dmdkit import (
     NonFiniteError,
     RegressionLoss,
     ScoreEstimator,
+    SharedCriticLoss,
+    SharedGeneratorLoss,
     TTURScheduler,
     frozen,
     karras_sigmas,
@@ -77,6 +79,8 @@ class Run:
         self.dm_loss = DistributionMatchingLoss(chosen.dm_times)
         self.critic_loss = DenoisingLoss(chosen.times, chosen.weight)
         self.gan_loss = DiffusionGANLoss(chosen.times)
+        self.shared_critic_loss = SharedCriticLoss(self.critic_loss, self.gan_loss)
+        self.shared_generator_loss = SharedGeneratorLoss(self.dm_loss)
         self.regression_loss = RegressionLoss()
         times = student_times(cell.family, cell.steps)
         self.sampler = BackwardSimulator(times)
@@ -136,6 +140,13 @@ class Run:
         cell, generator = self.cell, self.generator
         losses: dict[str, Any] = {}
         total = torch.zeros(())
+        if cell.shared_generator_pass:
+            both = self.shared_generator_loss(
+                x, labels, real=self.teacher, critic=self.critic, generator=generator
+            )
+            losses = {"dm": both.distribution_matching, "gan": both.gan}
+            total = both.distribution_matching.loss + cell.gan_weight * both.gan.loss
+            return total, losses
         if cell.distribution_matching:
             losses["dm"] = self.dm_loss(
                 x, labels, real=self.teacher, fake=self.critic, generator=generator
@@ -159,6 +170,17 @@ class Run:
     def _critic_losses(
         self, x: Tensor, labels: Tensor
     ) -> tuple[Tensor, dict[str, Any]]:
+        weight = self.training.discriminator_weight
+        if self.cell.shared_critic_pass:
+            both = self.shared_critic_loss(
+                x,
+                labels,
+                *self._real(len(x)),
+                critic=self.critic,
+                generator=self.generator,
+            )
+            losses = {"critic": both.denoising, "discriminator": both.discriminator}
+            return both.denoising.loss + weight * both.discriminator.loss, losses
         losses: dict[str, Any] = {
             "critic": self.critic_loss(
                 x, labels, denoiser=self.critic, generator=self.generator
@@ -173,7 +195,6 @@ class Run:
                 discriminator=self.critic,
                 generator=self.generator,
             )
-            weight = self.training.discriminator_weight
             total = total + weight * losses["discriminator"].loss
         return total, losses
 

@@ -17,7 +17,9 @@ import matplotlib as mpl
 sys.path.append(str(Path(__file__).parents[1]))
 
 from digits_common import parse
+from study.cells import SEEDS
 from study.records import read
+from study.teachers import names_of
 
 mpl.use("Agg")
 
@@ -53,6 +55,8 @@ NAMES = {
     "gan-weight-0.01": "GAN weight 0.01",
     "gan-weight-0.1": "GAN weight 0.1",
     "gan-weight-0.3": "GAN weight 0.3",
+    "shared-critic-pass": "one pass on the critic's turn",
+    "shared-both-passes": "one pass on both turns",
 }
 TABLES: dict[str, tuple[str, ...]] = {
     "1": (
@@ -84,7 +88,9 @@ TABLES: dict[str, tuple[str, ...]] = {
     ),
     "steps": ("dmd2", "steps-2", "steps-4", "steps-8", "teacher-ode-35"),
     "families": ("dmd2", "vp", "flow"),
+    "shared": ("dmd2", "shared-critic-pass", "shared-both-passes"),
 }
+TITLES = {"digits": "digits", "fashion": "Fashion-MNIST"}
 COLUMNS: dict[str, tuple[str, int]] = {
     "frechet": ("Frechet distance ↓", 3),
     "precision": ("Precision ↑", 3),
@@ -100,6 +106,7 @@ COMMON = ("frechet", "precision", "recall", "accuracy", "nearest")
 COLUMNS_OF = {
     "B": ("frechet", "diversity", "class_recall", "recall", "accuracy", "nearest"),
     "8": (*COMMON, "generator_updates", "seconds"),
+    "shared": (*COMMON, "seconds"),
 }
 
 
@@ -181,14 +188,29 @@ def table(results: Results, data: str, name: str) -> str:
     return "\n".join(lines)
 
 
+def status(results: Results) -> str:
+    """How much of the whole is there."""
+    counts = {
+        data: len([row for row in results.rows if row["data"] == data])
+        for data in SEEDS
+    }
+    whole = {data: seeds * len(names_of(data)) for data, seeds in SEEDS.items()}
+    shown = ", ".join(
+        f"{counts[data]} of {whole[data]} on {TITLES[data]}" for data in SEEDS
+    )
+    ended = "It is complete" if counts == whole else "It is not complete"
+    return f"{ended}: {shown} (cells times seeds)."
+
+
 def fill_page(text: str, results: Results) -> str:
-    """A page with new tables between `<!-- table data name -->` and `<!-- end -->`."""
+    """A page whose `<!-- table data name -->` ... `<!-- end -->` and status are new."""
 
     def fresh(match: re.Match[str]) -> str:
-        made = table(results, match["data"], match["name"])
-        return f"{match[1]}\n\n{made}\n\n{match[5]}"
+        kind, *names = match[1].split()
+        made = table(results, *names) if kind == "table" else status(results)
+        return f"<!-- {match[1]} -->\n\n{made}\n\n<!-- end -->"
 
-    pattern = r"(<!-- table (?P<data>\w+) (?P<name>\w+) -->)\n(.*?)\n(<!-- end -->)"
+    pattern = r"<!-- (table \w+ \w+|status) -->\n.*?\n<!-- end -->"
     return re.sub(pattern, fresh, text, flags=re.DOTALL)
 
 

@@ -22,13 +22,13 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 
 from digits_common import parse
-from study.cells import CELLS, cells_of
+from study.cells import CELLS, SEEDS
 from study.datasets import DATA, Data
 from study.distil import Run, Trained, train
 from study.evaluation import SAMPLES, Evaluator
 from study.records import Records, Task, commit_of
 from study.report import write_report
-from study.teachers import TEACHERS, draw_teacher
+from study.teachers import TEACHERS, draw_teacher, names_of
 from tqdm import tqdm
 
 DataName = Literal["digits", "fashion"]
@@ -44,9 +44,8 @@ class Settings:
     data: tuple[DataName, ...] = ("digits", "fashion")
     cells: tuple[str, ...] = ()
     """Only these cells; all of `cells.py` if empty."""
-    seeds: int = 5
-    """Training seeds of a cell on digits, from 1."""
-    fashion_seeds: int = 3
+    seeds: int | None = None
+    """Training seeds of a cell. None: five on digits, three on Fashion-MNIST."""
     budget: int = 600
     """Critic updates of a cell, the same for all."""
     workers: int = 2
@@ -60,10 +59,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuses what cannot run."""
-        for name in ("seeds", "fashion_seeds", "budget", "workers"):
-            if getattr(self, name) < 1:
+        for name in ("seeds", "budget", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 flag = name.replace("_", "-")
-                raise SystemExit(f"--{flag} {getattr(self, name)}: expected >= 1.")
+                raise SystemExit(f"--{flag} {value}: expected >= 1.")
         known = {*CELLS, *TEACHERS}
         for name in self.cells:
             if name not in known:
@@ -80,12 +80,8 @@ def tasks_of(settings: Settings) -> list[Task]:
     """Everything to train and to measure, the first seeds of all cells first."""
     tasks = []
     for name in settings.data:
-        seeds = settings.seeds if name == "digits" else settings.fashion_seeds
-        names = [*TEACHERS, *(cell.name for cell in cells_of(name))]
-        for seed in range(1, seeds + 1):
-            for cell in names:
-                if cell in TEACHERS and name not in TEACHERS[cell].data:
-                    continue
+        for seed in range(1, (settings.seeds or SEEDS[name]) + 1):
+            for cell in names_of(name):
                 if settings.cells and cell not in settings.cells:
                     continue
                 budget = 0 if cell in TEACHERS else settings.budget

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from study.cells import GUIDANCE
+from study.cells import GUIDANCE, cells_of
 from study.datasets import Data
 from study.evaluation import Draw
 from torch import Tensor
@@ -65,3 +65,9 @@ def draw_teacher(data: Data, teacher: Teacher) -> Draw:
         return HeunSampler(sigmas)(denoiser, noise, labels)
 
     return draw
+
+
+def names_of(data: str) -> tuple[str, ...]:
+    """All rows of a data set: its teachers, then its cells, as they are run."""
+    drawn = (name for name, teacher in TEACHERS.items() if data in teacher.data)
+    return (*drawn, *(cell.name for cell in cells_of(data)))
