@@ -49,6 +49,8 @@ from dmdkit.losses import HuberDistance as HuberDistance
 from dmdkit.losses import LPIPSDistance as LPIPSDistance
 from dmdkit.losses import RegressionLoss as RegressionLoss
 from dmdkit.losses import RegressionOutput as RegressionOutput
+from dmdkit.losses import SharedCriticLoss as SharedCriticLoss
+from dmdkit.losses import SharedGeneratorLoss as SharedGeneratorLoss
 from dmdkit.losses import balanced_gan_weight as balanced_gan_weight
 from dmdkit.losses import denoising_loss as denoising_loss
 from dmdkit.losses import (
@@ -92,6 +94,7 @@ from dmdkit.training import linear_warmup as linear_warmup
 from dmdkit.training import load_checkpoint as load_checkpoint
 from dmdkit.training import load_modules as load_modules
 from dmdkit.training import load_newest_checkpoint as load_newest_checkpoint
+from dmdkit.training import load_states as load_states
 from dmdkit.training import save_checkpoint as save_checkpoint
 from dmdkit.training import saved_parameters as saved_parameters
 from dmdkit.training import trainable_copy as trainable_copy

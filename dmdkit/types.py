@@ -56,7 +56,13 @@ Want: TypeAlias = Literal["output", "features", "logits"]
 
 
 class NetworkOutput(NamedTuple):
-    """What a network gave when asked by name; what was not asked for is None."""
+    """What a network gave when asked by name; what was not asked for is None.
+
+    Attributes:
+        output: Its prediction, of the shape of its input.
+        features: Its features, mostly [b, c, h, w].
+        logits: Its head's answers, [b].
+    """
 
     output: Tensor | None = None
     features: Tensor | None = None
@@ -68,13 +74,27 @@ class Network(Protocol):
     """A network as a parameterization sees it: `network(c_in x_t, c_noise, cond)`."""
 
     def __call__(self, x: Latent, c_noise: Time, cond: Condition) -> Latent:
-        """Answers with a tensor of the shape of `x`."""
+        """Answers with its prediction.
+
+        Args:
+            x: The scaled noisy samples, [b, ...].
+            c_noise: What it is fed as time, fp32 [b].
+            cond: The condition.
+
+        Returns:
+            A tensor of the shape of `x`.
+        """
         ...
 
 
 @runtime_checkable
 class FeatureNetwork(Protocol):
-    """A network whose one `forward` can also be asked for features or logits."""
+    """A network whose one `forward` can also be asked for features or logits.
+
+    For shared passes (`SharedCriticLoss`, `SharedGeneratorLoss`) it takes two more
+    keywords: `outputs`, how many samples, the first of the batch, get an output while
+    all get features, and `output_grad=False`, by which the output has no graph.
+    """
 
     def __call__(
         self,
@@ -84,7 +104,17 @@ class FeatureNetwork(Protocol):
         *,
         want: Sequence[Want] | None = None,
     ) -> Latent | NetworkOutput:
-        """Answers with the output alone, or, if `want` is given, with what it names."""
+        """Answers with the output alone, or, if `want` is given, with what it names.
+
+        Args:
+            x: The scaled noisy samples, [b, ...].
+            c_noise: What it is fed as time, fp32 [b].
+            cond: The condition.
+            want: What to answer with; the output alone if None.
+
+        Returns:
+            The output, or a `NetworkOutput`.
+        """
         ...
 
 
@@ -101,7 +131,16 @@ class Denoiser(Protocol):
         ...
 
     def __call__(self, x_t: Latent, t: Time, cond: Condition, /) -> Latent:
-        r"""Estimates $\mathbb{E}[x_0 \mid x_t]$."""
+        r"""Estimates $\mathbb{E}[x_0 \mid x_t]$.
+
+        Args:
+            x_t: Noisy samples, [b, ...].
+            t: Their times, fp32 [b].
+            cond: The condition.
+
+        Returns:
+            The estimate, [b, ...].
+        """
         ...
 
 
@@ -118,7 +157,16 @@ class Discriminator(Protocol):
         ...
 
     def logits(self, x_t: Latent, t: Time, cond: Condition, /) -> Logits:
-        """Answers one logit a sample; positive means real."""
+        """Answers one logit a sample; positive means real.
+
+        Args:
+            x_t: Noisy samples, [b, ...].
+            t: Their times, fp32 [b].
+            cond: The condition.
+
+        Returns:
+            The logits, [b].
+        """
         ...
 
 
@@ -136,5 +184,14 @@ class TimeSampler(Protocol):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> Time:
-        """Draws one time for each of `batch` samples."""
+        """Draws times.
+
+        Args:
+            batch: How many samples.
+            device: Where the times go.
+            generator: Source of what is drawn, on that device.
+
+        Returns:
+            One time for each of `batch` samples, fp32 [b].
+        """
         ...

@@ -47,8 +47,7 @@ class MLP(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = ((10, 128), (128, 128), (128, 128))
-        layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.SiLU())]
+        layers = [m for n in (10, 128, 128) for m in (nn.Linear(n, 128), nn.SiLU())]
         self.body, self.out = nn.Sequential(*layers), nn.Linear(128, 2)
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: None = None, *, want=None):
@@ -70,6 +69,7 @@ def distil(setup: str, iterations: int = 4000, batch: int = 256, seed: int = 0):
     simulator, ttur = dmd.BackwardSimulator((last,)), dmd.TTURScheduler(5)
     student_optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), 1e-3)
+    # --8<-- [start:loop]
     for step in range(iterations):
         x_t, t, _ = simulator(student, torch.randn(batch, 2))
         with torch.set_grad_enabled(ttur.generator_turn(step)):
@@ -88,6 +88,7 @@ def distil(setup: str, iterations: int = 4000, batch: int = 256, seed: int = 0):
         (denoise.loss + 1e-2 * tell.loss).backward()
         critic_optimizer.step()
         critic_optimizer.zero_grad()
+    # --8<-- [end:loop]
     return simulator.sample(student, torch.randn(2000, 2))
 
 

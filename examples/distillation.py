@@ -5,10 +5,10 @@ what happens with them: turns, accumulation, updates, log, pictures, checkpoints
 """
 
 import json
+import math
 import os
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from runs import (
     Durations,
     Log,
     RunFolder,
+    Soundness,
     StopSignals,
     Trained,
     check_evaluation,
@@ -37,7 +38,6 @@ from runs import (
     device_of,
     grid_of,
     peak_memory_gib,
-    require_finite_norm,
     require_wandb,
     run_evaluation,
     save_png,
@@ -54,6 +54,7 @@ from dmdkit import (
     NonFiniteError,
     ScoreEstimator,
     TTURScheduler,
+    all_finite,
 )
 from dmdkit.adapters.diffusers import UNetNetwork
 from dmdkit.data import BadImageError, BatchStream
@@ -76,6 +77,11 @@ class RunSettings:
     cpu_offload: bool = False
     """Of fsdp and hsdp: weights, gradients and moments wait in the CPU's memory, and
     optimizers step there: slower, with room for larger batches."""
+    compile: bool = False
+    """torch.compile for the calls of teacher, student and critic: the first cycle takes
+    minutes; under fsdp and hsdp block by block."""
+    channels_last: bool = False
+    """Weights of convolutions with channels last, as tensor cores read them."""
     threads: int = 0
     """Of the CPU; 0 leaves PyTorch's choice."""
     workers: int = min(4, os.cpu_count() or 1)
@@ -158,6 +164,19 @@ def require_at_least(settings: object, least: int, *names: str) -> None:
             raise refusal(name, getattr(settings, name), f"expected >= {least}")
 
 
+def check_shared_passes(settings: Any) -> None:
+    """Refuses to share a pass between losses of which one is off."""
+    if settings.shared_critic_pass and not settings.gan:
+        raise refusal("shared_critic_pass", "nothing to share it with", "add --gan")
+    both = settings.gan and settings.distribution_matching
+    if settings.shared_generator_pass and not both:
+        raise refusal(
+            "shared_generator_pass",
+            "it serves two losses, of which one is off",
+            "add --gan and --distribution-matching",
+        )
+
+
 def micro_batches(settings: RecipeSettings, ranks: int) -> tuple[int, int]:
     """How many micro-batches a process takes, and their size."""
     if settings.batch_size % ranks:
@@ -207,6 +226,19 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     )
 
 
+def backward(
+    losses: Mapping[str, Any], weights: Mapping[str, float], share: float
+) -> None:
+    """Adds the gradient of a share of the weighted losses to what is trained.
+
+    If a sample of the losses is not finite, every gradient becomes NaN: also where its
+    loss alone would not tell, and on all processes, which then take no step.
+    """
+    first, *others = (weights[name] * out.loss for name, out in losses.items())
+    total, sound = sum(others, start=first), all_finite(*losses.values())
+    (total * torch.where(sound, share, math.nan)).backward()
+
+
 class Distillation(ABC):
     """Networks, losses, optimizers and data of a run, and its iteration.
 
@@ -230,6 +262,7 @@ class Distillation(ABC):
         self.rung_generator = torch.Generator().manual_seed(settings.seed)
         self.parts, self.size = micro_batches(settings, ranks)
         self.streams: dict[str, BatchStream] = {}
+        self.soundness = Soundness()
 
     @abstractmethod
     def draw(self) -> Any:
@@ -274,10 +307,11 @@ class Distillation(ABC):
         )
         return self.streams[name]
 
-    def iterate(self, step: int, monitor: Monitor) -> dict[str, Tensor]:
+    def iterate(self, step: int) -> dict[str, Tensor]:
         """One iteration: on the student's turn both learn, else the critic alone.
 
-        The metrics are those of the last micro-batch.
+        Nothing is read back from the device, so that the host runs ahead of it. The
+        metrics are those of the last micro-batch.
 
         The critic sees the samples that the student made before its own update, as in
         official DMD2. All micro-batches share a rung; only if there is one does the
@@ -287,57 +321,62 @@ class Distillation(ABC):
         rung = self.draw_rung()
         share, metrics = 1 / self.parts, {}
         networks = [part.denoiser.network for part in self.trained.values()]
+        self.soundness.begin(step)
         for part in range(1, self.parts + 1):
             with gradients_stay(networks if part < self.parts else []):
-                metrics |= self.learn(turn, rung, share, monitor)
+                metrics |= self.learn(turn, rung, share)
         if turn and self.parts > 1:
             metrics |= self.update("student")
         if "critic" in self.trained:
             metrics |= self.update("critic")
         return metrics
 
-    def learn(
-        self, turn: bool, rung: int, share: float, monitor: Monitor
-    ) -> dict[str, Tensor]:
+    def learn(self, turn: bool, rung: int, share: float) -> dict[str, Tensor]:
         """Adds the gradients of a micro-batch to student and critic."""
         batch, metrics = self.draw(), {}
         about = (self.networks, batch)
         x = self.method.generate(*about, rung, self.generator, train=turn)
         if turn:
             losses = self.method.student_backward(*about, x, self.generator, share)
-            metrics |= self.require_finite(monitor, losses)
+            metrics |= self.note(losses)
             if self.parts == 1:
                 metrics |= self.update("student")
         if "critic" in self.trained:
             losses = self.method.critic_backward(*about, x, self.generator, share)
-            metrics |= self.require_finite(monitor, losses)
+            metrics |= self.note(losses)
         return metrics
 
-    def require_finite(
-        self, monitor: Monitor, losses: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Stops the run before a step if a loss is not finite; else gives metrics."""
-        monitor.require_finite(**losses)
+    def note(self, losses: dict[str, Any]) -> dict[str, Tensor]:
+        """Keeps the flags of losses for `soundness`, and gives their metrics."""
+        self.soundness.losses(losses)
         metrics = {f"{name}/loss": out.loss.detach() for name, out in losses.items()}
         for name, output in losses.items():
             metrics |= {f"{name}/{key}": v for key, v in output.metrics.items()}
         return metrics
-
-    def require_finite_gradient(self, norm: Tensor, name: str) -> None:
-        """Stops the run before a step if a gradient is not finite."""
-        require_finite_norm(norm, name)
 
     def draw_rung(self) -> int:
         """Draws the rung of an iteration, the same on all processes."""
         return self.method.simulator.draw_rung(self.rung_generator)
 
     def update(self, name: str) -> dict[str, Tensor]:
-        """Clips the gradient and, if it is finite, takes a step."""
+        """Clips the gradient and, if all has been finite so far, takes a step."""
         trained = self.trained[name]
         norm = trained.clip()
-        self.require_finite_gradient(norm, name)
-        trained.step()
+        trained.step(self.soundness.gradient(name, norm))
         return {f"{name}/gradient_norm": norm.to(self.device)}
+
+    def arrange(self, *denoisers: ScoreEstimator) -> None:
+        """Lays networks out and compiles them, as the settings say, in place.
+
+        Before they are wrapped: names of weights, and so checkpoints, stay the same.
+        """
+        watch = self.run_settings
+        sharded = self.ranks > 1 and watch.strategy != "ddp"
+        for denoiser in denoisers:
+            if watch.channels_last:
+                denoiser.network.to(memory_format=torch.channels_last)
+            if watch.compile:
+                parallel.compile_network(denoiser.network, by_blocks=sharded)
 
     def spread(self, *denoisers: ScoreEstimator) -> None:
         """Puts networks on all processes, if there are several."""
@@ -400,7 +439,7 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         )
     first = run.rank == 0
     log = Log(out, start, watch.wandb, folder.identity) if first else None
-    durations = Durations()
+    durations = Durations(run.device)
     steps = range(start, settings.iterations)
     bar = tqdm(
         steps,
@@ -441,13 +480,14 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
             folder.keep_best(path, {"step": done, **found})
 
     for step in bar:
-        began, turn = time.perf_counter(), run.ttur.generator_turn(step)
-        metrics |= run.iterate(step, monitor)
-        durations.add(
-            "generator_turn" if turn else "critic_turn", time.perf_counter() - began
-        )
+        turn = run.ttur.generator_turn(step)
+        with durations.of("generator_turn" if turn else "critic_turn"):
+            metrics |= run.iterate(step)
         done = step + 1
         last = done == settings.iterations
+        every = (watch.log_every, watch.sample_every, watch.checkpoint_every)
+        if last or any(done % n == 0 for n in every):
+            run.soundness.check()  # before anything is written
         if last or done % watch.log_every == 0:
             values = to_floats(metrics)
             learner = run.trained.get("critic", run.trained["student"])
@@ -465,6 +505,7 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         if done % watch.log_every == 0:
             metrics.clear()  # a line has nothing older than the line before
         if not last and stop.asked():
+            run.soundness.check()
             if done % watch.checkpoint_every:
                 folder.save(done, parts, watch.keep)
             folder.saved()

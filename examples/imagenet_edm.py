@@ -20,6 +20,8 @@ from distillation import (
     Run,
     RunSettings,
     autocast,
+    backward,
+    check_shared_passes,
     distil,
     refusal,
     require_at_least,
@@ -42,6 +44,8 @@ from dmdkit import (
     RegressionLoss,
     RegressionOutput,
     ScoreEstimator,
+    SharedCriticLoss,
+    SharedGeneratorLoss,
     frozen,
     load_modules,
     saved_parameters,
@@ -123,6 +127,13 @@ class Settings:
     gan_features: Literal["encoder", "mid"] = "encoder"
     """Where the head reads the critic: before the middle block [scripts], or after it
     [F.1 says the middle block]."""
+    shared_critic_pass: bool = False
+    """One pass of the critic serves its denoising and the discriminator: one time and
+    noise for both, real and generated samples in one batch [ours; scripts: a pass and
+    draws for each]."""
+    shared_generator_pass: bool = False
+    """On the student's turn the critic's encoder serves score and GAN: an
+    approximation, for the GAN gets the times of distribution matching [ours]."""
     regression: bool = False
     """Whether the student has the regression loss on pairs [Eq. 3, DMD]."""
     regression_weight: float = 0.25
@@ -133,6 +144,8 @@ class Settings:
     """Sigmas at which the student is called [scripts: conditioning sigma 80]; several
     are trained by backward simulation."""
 
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the teacher's weights [scripts: fp32, cast in every call]."""
     ema: float | None = None
     """Rate of an average of the student's weights, which is then what is exported; none
     [scripts]."""
@@ -161,6 +174,7 @@ class Settings:
                 "--start-from: missing; phase 2 starts from the best checkpoint of "
                 "phase 1, its OUT/best."
             )
+        check_shared_passes(self)
         if not self.times:
             raise SystemExit("--times: expected at least one sigma.")
         for needs, name in (("gan", "images"), ("regression", "pairs")):
@@ -227,6 +241,8 @@ def build_networks(settings: Settings) -> Networks:
     student = trainable_copy(teacher)
     teacher.requires_grad_(False).eval()
     critic = trainable_copy(teacher, head=head_for(teacher) if settings.gan else None)
+    if settings.teacher_precision == "bf16":
+        teacher.network.to(torch.bfloat16)  # after it was copied
     networks = Networks(teacher, student, critic)
     if settings.start_from is not None:
         with option("start-from"):
@@ -287,6 +303,13 @@ class Method:
         self.dm_loss = DistributionMatchingLoss(KarrasIndexTime(20, 981))
         self.critic_loss = DenoisingLoss(KarrasIndexTime(), KarrasWeight(sigma_data))
         self.gan_loss = DiffusionGANLoss(KarrasIndexTime())
+        self.weights = {
+            "dm": 1.0,
+            "gan": settings.gan_weight,
+            "regression": settings.regression_weight,
+            "critic": 1.0,
+            "discriminator": settings.discriminator_weight,
+        }
         self.simulator = BackwardSimulator(settings.times)
         self.regression_loss = RegressionLoss(squared_distance)
         if settings.regression and settings.regression_distance == "lpips":
@@ -328,10 +351,18 @@ class Method:
     ) -> dict[str, Any]:
         """Adds the gradient of the student's losses to it (Eqs. 2, 3 and 4)."""
         settings, critic, losses = self.settings, networks.critic, {}
-        total = torch.zeros((), device=x.device)
         with frozen(critic.network):
             with self.autocast(x.device):
-                if settings.distribution_matching:
+                if settings.shared_generator_pass:
+                    both = SharedGeneratorLoss(self.dm_loss)(
+                        x,
+                        batch.labels,
+                        real=networks.teacher,
+                        critic=critic,
+                        generator=generator,
+                    )
+                    losses["dm"], losses["gan"] = both
+                elif settings.distribution_matching:
                     losses["dm"] = self.dm_loss(
                         x,
                         batch.labels,
@@ -339,16 +370,13 @@ class Method:
                         fake=critic,
                         generator=generator,
                     )
-                    total = total + losses["dm"].loss
-                if settings.gan:
+                if settings.gan and "gan" not in losses:
                     losses["gan"] = self.gan_loss.generator(
                         x, batch.labels, discriminator=critic, generator=generator
                     )
-                    total = total + settings.gan_weight * losses["gan"].loss
             if settings.regression:
                 losses["regression"] = self.regress(networks.student, batch)
-                total = total + settings.regression_weight * losses["regression"].loss
-            (total * share).backward()
+            backward(losses, self.weights, share)
         return losses
 
     def regress(self, student: ScoreEstimator, batch: Batch) -> RegressionOutput:
@@ -371,26 +399,22 @@ class Method:
     ) -> dict[str, Any]:
         """Adds the gradient of the critic's losses to it and its head."""
         x, critic = x.detach(), networks.critic
+        about: Any = (x, batch.labels, batch.images, batch.image_labels)
+        losses: dict[str, Any] = {}
         with self.autocast(x.device):
-            losses: dict[str, Any] = {
-                "critic": self.critic_loss(
+            if self.settings.shared_critic_pass:
+                shared = SharedCriticLoss(self.critic_loss, self.gan_loss)
+                both = shared(*about, critic=critic, generator=generator)
+                losses["critic"], losses["discriminator"] = both
+            else:
+                losses["critic"] = self.critic_loss(
                     x, batch.labels, denoiser=critic, generator=generator
                 )
-            }
-            total = losses["critic"].loss
-            if self.settings.gan:
-                assert batch.images is not None
-                losses["discriminator"] = self.gan_loss.discriminator(
-                    x,
-                    batch.labels,
-                    batch.images,
-                    batch.image_labels,
-                    discriminator=critic,
-                    generator=generator,
-                )
-                weight = self.settings.discriminator_weight
-                total = total + weight * losses["discriminator"].loss
-        (total * share).backward()
+                if self.settings.gan:
+                    losses["discriminator"] = self.gan_loss.discriminator(
+                        *about, discriminator=critic, generator=generator
+                    )
+        backward(losses, self.weights, share)
         return losses
 
 
@@ -418,6 +442,7 @@ class ImageNetDistillation(Distillation):
                 "recipe distils EDM's (see examples/convert_edm.py)."
             )
         self.method = Method(settings, parameterization.sigma_data)
+        self.arrange(*self.networks)
         self.spread(*self.networks)
         if settings.gan and settings.images is not None:
             self.stream("images", self.real_images())
@@ -470,24 +495,29 @@ class ImageNetDistillation(Distillation):
             pixels, image_labels = next(self.streams["images"])
             batch = batch._replace(
                 images=to_images(pixels, self.device),
-                image_labels=image_labels.to(self.device) if self.classes else None,
+                image_labels=self.onto_device(image_labels) if self.classes else None,
             )
         elif self.settings.gan:  # random weights need no data
-            batch = batch._replace(images=torch.randn_like(noise), image_labels=labels)
+            images = torch.randn(noise.shape, **random)
+            batch = batch._replace(images=images, image_labels=labels)
         if "pairs" in self.streams:
             pair = next(self.streams["pairs"])
-            pair = {name: v.to(self.device) for name, v in pair.items()}
+            pair = {name: self.onto_device(v) for name, v in pair.items()}
             batch = batch._replace(
                 pair_noise=pair["noise"].float(),
                 pair_images=pair["images"].float(),
                 pair_labels=pair["labels"] if self.classes else None,
             )
         elif self.settings.regression:
-            images = torch.randn_like(noise)
+            images = torch.randn(noise.shape, **random)
             batch = batch._replace(
                 pair_noise=noise, pair_images=images, pair_labels=labels
             )
         return batch
+
+    def onto_device(self, stored: Tensor) -> Tensor:
+        """What was read, on the device, without waiting for it."""
+        return stored.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def samples(self, count: int = 32) -> Tensor:

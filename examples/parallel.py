@@ -136,6 +136,28 @@ def shard(
             module.reshard()
 
 
+def compile_network(network: nn.Module, *, by_blocks: bool = False) -> None:
+    """Compiles a network's calls in place, or those of the blocks that are sharded.
+
+    Shapes do not change in a training, so each is compiled for. There is one graph for
+    each kind of call (trained, frozen, without gradients; output, features), and all
+    networks count together: the limit on graphs is raised, for beyond it calls would
+    go uncompiled without a word.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    parts: list[Any] = [network]
+    if by_blocks:
+        body = network.network if isinstance(network, NetworkWithHead) else network
+        parts = units_of(body)
+        if isinstance(body, LoRANetwork):
+            raise SystemExit(
+                "--compile: adapters are not compiled where they are sharded; take "
+                "--strategy ddp."
+            )
+    for part in parts:
+        part.compile(dynamic=False)
+
+
 def is_adapter(network: nn.Module) -> bool:
     """Whether it is an adapter, with a head or without: its weights stay fp32."""
     return any(isinstance(m, LoRANetwork) for m in network.modules())

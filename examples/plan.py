@@ -39,7 +39,7 @@ from text_models import parts_beside
 from text_to_image import TextSettings
 from tqdm import tqdm
 
-from dmdkit import LPIPSDistance, Monitor
+from dmdkit import LPIPSDistance
 
 Recipe = Literal["imagenet_edm", "sd15", "sdxl"]
 PHASES = ("generate", "student_backward", "critic_backward", "update")
@@ -132,17 +132,6 @@ def phases_counted(run: Distillation, counter: Counter) -> Iterator[dict[str, Ph
         yield phases
 
 
-@contextmanager
-def without_reads(run: Distillation, rung: int) -> Iterator[None]:
-    """Leaves out what reads numbers from tensors: checks that they are finite."""
-    with (
-        patch.object(run, "require_finite", lambda *_: {}),
-        patch.object(run, "require_finite_gradient", lambda *_: None),
-        patch.object(run, "draw_rung", lambda: rung),
-    ):
-        yield
-
-
 def beside(settings: Any) -> int:
     """Bytes of a pipeline's text encoders and VAE, in fp32."""
     if not isinstance(settings, TextSettings):
@@ -152,7 +141,7 @@ def beside(settings: Any) -> int:
 
 def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
     """Runs a recipe's iterations on fake tensors, and gives the numbers."""
-    counter, monitor = Counter(), Monitor()
+    counter = Counter()
     with fake_machine(given.ranks, given.ranks_per_machine), ExitStack() as stack:
         bar = tqdm(total=4, desc="planning", unit="step", leave=False)
         stack.callback(bar.close)
@@ -178,7 +167,8 @@ def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
                 counter.put(list(buckets), "gradients")
         parameters = [p for part in trained for p in part.denoiser.parameters()]
         stack.enter_context(gradients_counted(counter, parameters))
-        stack.enter_context(without_reads(run, 0))
+        # Drawn on the CPU, and read.
+        stack.enter_context(patch.object(run, "draw_rung", lambda: 0))
 
         # The optimizers' moments exist from the first step on, and count in the next.
         for stage in ("first iteration", "iteration"):
@@ -186,7 +176,7 @@ def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
             bar.set_postfix_str(stage)
             with phases_counted(run, counter) as phases:
                 counter.restart()
-                run.iterate(0, monitor)
+                run.iterate(0)
                 peak, by_category = counter.peak, counter.at_peak
             for part in trained:
                 counter.put(part.optimizer.state, "optimizer")

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -16,11 +17,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from parallel import averages, plain, whole_norm
@@ -34,6 +36,7 @@ from dmdkit import (
     NonFiniteError,
     ScoreEstimator,
     checkpoints,
+    explain_nonfinite,
     keep_checkpoint,
     linear_warmup,
     load_newest_checkpoint,
@@ -161,9 +164,15 @@ class Trained:
         )
         return whole_norm(norm)
 
-    def step(self) -> None:
-        """Takes the optimizer's step and what follows it, and frees the gradient."""
-        self.optimizer.step()
+    def step(self, broken: Tensor | None = None) -> None:
+        """Takes the optimizer's step and what follows it, and frees the gradient.
+
+        The fused AdamW itself leaves weights and moments as they are where `broken`, a
+        number on its device, is 1: nothing is read.
+        """
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = broken
+        optimizer.step()
         self.schedule.step()
         if self.ema is not None:
             self.ema.update(plain(self.denoiser.network))
@@ -176,6 +185,72 @@ def require_finite_norm(norm: Tensor, name: str) -> None:
         raise NonFiniteError(
             f"the gradient of the {name} is not finite; no step was taken."
         )
+
+
+class Flagged(NamedTuple):
+    """What is kept of a loss until the next look: flags of its samples, and times."""
+
+    finite: Tensor
+    t: Tensor | None
+    finite_real: Tensor | None
+    t_real: Tensor | None
+
+
+_OPTIONAL = Flagged._fields[1:]
+
+
+class Soundness:
+    """Whether everything has been finite, known to the device and read now and then.
+
+    From the first loss or gradient that was not, optimizers take no step, on any
+    process. `check` reads that, names the first, and stops the run.
+    """
+
+    def __init__(self) -> None:
+        self.broken: Tensor | None = None
+        """1 if something was not finite, else 0; where gradients' norms are."""
+        self._seen: list[tuple[int, dict[str, Flagged], dict[str, Tensor]]] = []
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Begins an iteration."""
+        self._seen.append((step, {}, {}))
+
+    def losses(self, losses: Mapping[str, Any]) -> None:
+        """Keeps the flags of a micro-batch's losses; their gradients tell of them."""
+        step, flagged, _ = self._seen[-1]
+        if flagged.keys() & losses.keys():  # a further micro-batch
+            self.begin(step)
+        self._seen[-1][1].update(
+            {
+                name: Flagged(out.finite, *(getattr(out, k, None) for k in _OPTIONAL))
+                for name, out in losses.items()
+            }
+        )
+
+    def gradient(self, name: str, norm: Tensor) -> Tensor:
+        """Looks at a gradient's norm; gives `broken`."""
+        bad = (~norm.detach().isfinite()).float()
+        self.broken = bad if self.broken is None else torch.maximum(self.broken, bad)
+        self._seen[-1][2][name] = norm.detach()
+        return self.broken
+
+    def check(self) -> None:
+        """Stops the run if anything was not finite since the last look."""
+        seen, self._seen = self._seen, self._seen[-1:]
+        if self.broken is None or not bool(self.broken):
+            return
+        for step, losses, norms in seen:
+            names = [name for name, norm in norms.items() if not bool(norm.isfinite())]
+            line = explain_nonfinite(**losses) or "; ".join(
+                f"the gradient of the {name} is not finite" for name in names
+            )
+            if line:
+                raise NonFiniteError(
+                    f"iteration {step + 1}: {line}; no step was taken from there on. "
+                    "Look at the inputs at these times, and at the learning rates; "
+                    "checkpoints hold nothing of it."
+                )
 
 
 def checkpoint_parts(
@@ -423,16 +498,37 @@ class Best:
 
 
 class Durations:
-    """Seconds an iteration of each kind took in this process."""
+    """Seconds an iteration of each kind took in this process, or on its GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, list[float]] = {}
+        self._on_gpu = device.type == "cuda"
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
-    def add(self, kind: str, seconds: float) -> None:
+    @contextmanager
+    def of(self, kind: str) -> Iterator[None]:
+        """Times what is within it."""
+        if self._on_gpu:
+            # The host runs ahead of the GPU, so its clock would not do.
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((kind, begin, end))
+            return
+        began = time.perf_counter()
+        yield
+        self._add(kind, time.perf_counter() - began)
+
+    def _add(self, kind: str, seconds: float) -> None:
         self.seconds.setdefault(kind, []).append(seconds)
 
     def medians(self) -> dict[str, float]:
-        """The median of each kind."""
+        """The median of each kind; waits for the GPU."""
+        events, self._events = self._events, []
+        for kind, begin, end in events:
+            end.synchronize()
+            self._add(kind, begin.elapsed_time(end) / 1000)
         return {k: statistics.median(v) for k, v in self.seconds.items()}
 
 
@@ -450,6 +546,15 @@ def check_evaluation(command: str) -> None:
         raise SystemExit(f"--evaluate: there is no program {words[0]}.")
 
 
+def environment_alone() -> dict[str, str]:
+    """The environment of a process that is none of torchrun's."""
+    set_by_torchrun = re.compile(
+        r"TORCHELASTIC_.*|MASTER_(ADDR|PORT)|((LOCAL|GROUP|ROLE)_)?(RANK|WORLD_SIZE)"
+        r"|GROUP_WORLD_SIZE|ROLE_(NAME|WORLD_SIZE)"
+    )
+    return {k: v for k, v in os.environ.items() if not set_by_torchrun.fullmatch(k)}
+
+
 def run_evaluation(command: str, student: Path, step: int) -> dict[str, float]:
     """Runs a command on an exported student; its last line is a JSON object of numbers.
 
@@ -461,7 +566,9 @@ def run_evaluation(command: str, student: Path, step: int) -> dict[str, float]:
     for name, value in values.items():
         words = [word.replace(name, value) for word in words]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, env=environment_alone()
+        )
         if done.returncode:
             raise ValueError((done.stderr.strip().splitlines() or ["no message"])[-1])
         found = json.loads(done.stdout.strip().splitlines()[-1])

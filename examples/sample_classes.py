@@ -45,6 +45,12 @@ class Drawing:
         cond = None if labels is None else torch.tensor(labels, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             images = self.run(noise, cond, draws)
+        finite = images.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            seed = seeds[finite.index(False)]
+            raise ValueError(
+                f"The image of seed {seed} is not finite; try --precision fp32."
+            )
         return to_pixels(images).cpu()
 
     def run(

@@ -1,6 +1,7 @@
 """Text-to-image students and teachers with their samplers, for `sample.py`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from dmdkit.adapters.pipelines import (
     teacher_from_pipeline,
     unconditional_of,
 )
+from dmdkit.types import Condition
 
 STEPS = 50
 
@@ -127,13 +129,7 @@ class TextModel:
         prompts = [picture.prompt for picture in pictures]
         cond = encode_prompts(self.pipeline, prompts, self.space.resolution)
         draws = noises(self.space.shape, [p.seed for p in pictures], self.device)
-        noise, sampler = next(draws), self.sampler
-        if isinstance(sampler, BackwardSimulator):
-            fresh = [next(draws) for _ in sampler.times[1:]]
-            latents = sampler.sample(self.denoiser, noise, cond, draws=fresh)
-        else:
-            latents = sampler(self.denoiser, noise, cond)
-        images = decode(self.pipeline.vae, latents)
+        images = decode(self.pipeline.vae, self.run(next(draws), cond, draws))
         finite = images.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             seed = pictures[finite.index(False)].seed
@@ -141,6 +137,14 @@ class TextModel:
                 f"The image of seed {seed} is not finite; try --precision fp32."
             )
         return to_pixels(images).cpu()
+
+    def run(self, noise: Tensor, cond: Condition, draws: Iterator[Tensor]) -> Tensor:
+        """Calls the sampler with as much noise as it needs: latents."""
+        sampler = self.sampler
+        if isinstance(sampler, BackwardSimulator):
+            fresh = [next(draws) for _ in sampler.times[1:]]
+            return sampler.sample(self.denoiser, noise, cond, draws=fresh)
+        return sampler(self.denoiser, noise, cond)
 
 
 def denoiser_of(pipeline: TextPipeline, source: Source) -> ScoreEstimator:

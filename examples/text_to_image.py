@@ -15,8 +15,18 @@ from distillation import (
     Run,
     RunSettings,
     autocast,
+    backward,
+    check_shared_passes,
     refusal,
     require_at_least,
+)
+from embeddings import (
+    ENCODERS,
+    Embedded,
+    WithEmbeddings,
+    condition,
+    encoders_digest,
+    text_of,
 )
 from runs import device_of, open_lpips, option, require_checkpoint
 from text_models import (
@@ -29,6 +39,7 @@ from text_models import (
     random_unet,
 )
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from dmdkit import (
     BackwardSimulator,
@@ -41,8 +52,9 @@ from dmdkit import (
     NetworkWithHead,
     NoisedData,
     RegressionLoss,
-    RegressionOutput,
     ScoreEstimator,
+    SharedCriticLoss,
+    SharedGeneratorLoss,
     frozen,
     load_modules,
     saved_parameters,
@@ -63,7 +75,6 @@ from dmdkit.adapters.pipelines import (
     unconditional_of,
 )
 from dmdkit.data import (
-    LatentSample,
     ShardedTensors,
     open_latents,
     read_prompts,
@@ -74,6 +85,9 @@ from dmdkit.sampling import InputPolicy
 from dmdkit.types import Condition, Denoiser
 
 PICTURES = 16
+PATHS = ("prompts", "latents", "pairs", "lpips_weights", "start_from")
+PATHS += ("embeddings", "latent_embeddings")
+"""Settings that name files and folders."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,11 @@ class TextSettings:
     latents: tuple[Path, ...] = ()
     """Real images for the GAN: folders from examples/prepare_latents.py [F: 500K of
     LAION-Aesthetics 5.5+]."""
+    embeddings: Path | None = None
+    """Stored embeddings of PROMPTS, from examples/prepare_embeddings.py, in place of
+    the text encoders [ours]."""
+    latent_embeddings: Path | None = None
+    """The same of the captions of LATENTS."""
     pairs: Path | None = None
     """Noise-image pairs for the regression, from examples/prepare_pairs.py [F.4:
     10K]."""
@@ -142,6 +161,9 @@ class TextSettings:
 
     guidance_scale: float = 8.0
     """Of the teacher, in the convention in which 1 is none; the critic has none."""
+    merged_guidance: bool = False
+    """The teacher's calls with and without text as one of twice the batch [scripts]:
+    faster where the batch is small, with twice the activations."""
     distribution_matching: bool = True
     """Whether the student has the distribution matching loss [Eq. 2]."""
     gan: bool = True
@@ -150,6 +172,13 @@ class TextSettings:
     """Weight of the student's GAN loss."""
     discriminator_weight: float = 1e-2
     """Weight of the discriminator's loss beside the critic's [scripts]."""
+    shared_critic_pass: bool = False
+    """One pass of the critic serves its denoising and the discriminator: one time and
+    noise for both, real and generated samples in one batch [ours; scripts: a pass and
+    draws for each]."""
+    shared_generator_pass: bool = False
+    """On the student's turn the critic's encoder serves score and GAN: an
+    approximation, for the GAN gets the times of distribution matching [ours]."""
     regression: bool = False
     """Pre-training: the student learns from pairs alone, there is no critic [F.4]."""
     times: tuple[float, ...] = (999.0,)
@@ -196,11 +225,12 @@ class TextSettings:
                 "it is pre-training, which has no other loss",
                 "add --no-gan --no-distribution-matching, then start from its student",
             )
+        check_shared_passes(self)
         if not self.times:
             raise SystemExit("--times: expected at least one timestep.")
         if not self.random_init:
             self.check_data()
-        for name in ("prompts", "latents", "pairs", "lpips_weights", "start_from"):
+        for name in PATHS:
             given = getattr(self, name) or ()
             for path in given if isinstance(given, tuple) else (given,):
                 if not path.exists():
@@ -224,6 +254,16 @@ class TextSettings:
                 "prompts",
                 "they would not be used",
                 "leave them out, for captions or pairs are drawn instead",
+            )
+
+        stored = self.embeddings is not None, self.latent_embeddings is not None
+        needed = self.draws_prompts(), bool(self.latents) and not self.regression
+        if any(stored) and stored != needed:
+            raise refusal(
+                "embeddings, --latent-embeddings",
+                "embeddings of some texts, but not of others",
+                "those of --prompts and those of --latents go together; --regression "
+                "takes none",
             )
 
     def draws_prompts(self) -> bool:
@@ -275,7 +315,12 @@ def open_teacher(settings: TextSettings, unet_config: dict[str, Any]) -> Teacher
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        return Teacher(denoiser, unconditional_of(pipeline), pipeline)
+        unconditional = unconditional_of(pipeline)
+        if settings.embeddings is not None or settings.latent_embeddings is not None:
+            for name in ENCODERS:  # they would wait on the device for nothing
+                if pipeline.components.get(name) is not None:
+                    pipeline.components[name].to("cpu")
+        return Teacher(denoiser, unconditional, pipeline)
     # Adapters need no copy in fp32, so the weights can be drawn in the teacher's dtype.
     low = settings.precision == "bf16" and settings.lora == "both"
     config = config_of(settings.pretrained, "unet", unet_config)
@@ -329,7 +374,10 @@ def build_networks(
     if critic is None and settings.has_critic:
         critic = adapted(settings.seed + 1, head)
     guided = ClassifierFreeGuidance(
-        base, teacher.unconditional, settings.guidance_scale
+        base,
+        teacher.unconditional,
+        settings.guidance_scale,
+        merged=settings.merged_guidance,
     )
     networks = Networks(guided, student, critic)
     if settings.start_from is not None:
@@ -428,6 +476,13 @@ class Method:
 
     def __init__(self, settings: TextSettings) -> None:
         self.settings = settings
+        self.weights = {
+            "dm": 1.0,
+            "gan": settings.gan_weight,
+            "regression": 1.0,
+            "critic": 1.0,
+            "discriminator": settings.discriminator_weight,
+        }
         self.simulator = BackwardSimulator(settings.times)
         self.inputs: InputPolicy = self.simulator
         if settings.simulation == "data":
@@ -480,17 +535,25 @@ class Method:
     ) -> dict[str, Any]:
         """Adds the gradient of the student's losses to it (Eqs. 2, 3 and 4)."""
         settings, critic = self.settings, networks.critic
+        losses: dict[str, Any] = {}
         if settings.regression:
             assert batch.pair_latents is not None
-            output: RegressionOutput = self.regression_loss(x, batch.pair_latents)
-            (output.loss * share).backward()
-            return {"regression": output}
+            losses["regression"] = self.regression_loss(x, batch.pair_latents)
+            backward(losses, self.weights, share)
+            return losses
         assert critic is not None
-        losses: dict[str, Any] = {}
-        total = torch.zeros((), device=x.device)
         with frozen(critic.network):
             with self.autocast(x.device):
-                if settings.distribution_matching:
+                if settings.shared_generator_pass:
+                    both = SharedGeneratorLoss(self.dm_loss)(
+                        x,
+                        batch.cond,
+                        real=networks.teacher,
+                        critic=critic,
+                        generator=generator,
+                    )
+                    losses["dm"], losses["gan"] = both
+                elif settings.distribution_matching:
                     losses["dm"] = self.dm_loss(
                         x,
                         batch.cond,
@@ -498,13 +561,11 @@ class Method:
                         fake=critic,
                         generator=generator,
                     )
-                    total = total + losses["dm"].loss
-                if settings.gan:
+                if settings.gan and "gan" not in losses:
                     losses["gan"] = self.gan_loss.generator(
                         x, batch.cond, discriminator=critic, generator=generator
                     )
-                    total = total + settings.gan_weight * losses["gan"].loss
-            (total * share).backward()
+            backward(losses, self.weights, share)
         return losses
 
     def critic_backward(
@@ -518,26 +579,22 @@ class Method:
         """Adds the gradient of the critic's losses to it and its head."""
         x, critic = x.detach(), networks.critic
         assert critic is not None
+        about: Any = (x, batch.cond, batch.latents, batch.latent_cond)
+        losses: dict[str, Any] = {}
         with self.autocast(x.device):
-            losses: dict[str, Any] = {
-                "critic": self.critic_loss(
+            if self.settings.shared_critic_pass:
+                shared = SharedCriticLoss(self.critic_loss, self.gan_loss)
+                both = shared(*about, critic=critic, generator=generator)
+                losses["critic"], losses["discriminator"] = both
+            else:
+                losses["critic"] = self.critic_loss(
                     x, batch.cond, denoiser=critic, generator=generator
                 )
-            }
-            total = losses["critic"].loss
-            if self.settings.gan:
-                assert batch.latents is not None
-                losses["discriminator"] = self.gan_loss.discriminator(
-                    x,
-                    batch.cond,
-                    batch.latents,
-                    batch.latent_cond,
-                    discriminator=critic,
-                    generator=generator,
-                )
-                weight = self.settings.discriminator_weight
-                total = total + weight * losses["discriminator"].loss
-        (total * share).backward()
+                if self.settings.gan:
+                    losses["discriminator"] = self.gan_loss.discriminator(
+                        *about, discriminator=critic, generator=generator
+                    )
+        backward(losses, self.weights, share)
         return losses
 
 
@@ -561,6 +618,9 @@ class TextDistillation(Distillation):
         self.space = latent_space(self.config, self.pipeline, settings.resolution)
         self.open_data()
         self.networks = build_networks(settings, teacher, self.space)
+        self.arrange(teacher.denoiser, self.networks.student)
+        if self.networks.critic is not None:
+            self.arrange(self.networks.critic)
         self.spread(self.networks.student)
         if self.networks.critic is not None:
             self.spread(self.networks.critic)
@@ -596,9 +656,9 @@ class TextDistillation(Distillation):
                     column=settings.prompt_column,
                     min_aesthetic=settings.min_aesthetic,
                 )
-            self.stream("prompts", prompts)
+            self.stream("prompts", self.embedded(prompts, "embeddings"))
         if settings.latents:
-            latents = self.real_latents()
+            latents = self.embedded(self.real_latents(), "latent_embeddings")
             if settings.gan:
                 self.stream("latents", latents, seed=1)
             if not settings.draws_prompts():
@@ -637,37 +697,60 @@ class TextDistillation(Distillation):
                 )
         return pairs
 
+    def embedded(self, dataset: Any, name: str) -> Any:
+        """A data set with its stored embeddings, if the settings name some."""
+        folder: Path | None = getattr(self.settings, name)
+        if folder is None:
+            return dataset
+        assert self.pipeline is not None
+        with option(name.replace("_", "-")):
+            return WithEmbeddings(dataset, folder, encoders_digest(self.pipeline))
+
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encodes prompts by the pipeline's text encoders."""
         assert self.pipeline is not None
         return encode_prompts(self.pipeline, prompts, self.space.resolution)
+
+    def take(self, name: str) -> tuple[Any, Condition]:
+        """The next batch of a stream, and the condition that its texts are."""
+        batch = next(self.streams[name])
+        if isinstance(batch, Embedded):
+            return batch.item, self.stored_condition(batch)
+        return batch, self.encode(text_of(batch))
+
+    def stored_condition(self, batch: Embedded) -> Condition:
+        """The condition of a batch that came with its embeddings."""
+        return condition(batch.embedding, self.device, self.space.resolution)
+
+    def condition_of(self, items: list[Any]) -> Condition:
+        """The condition of single items of a data set."""
+        if isinstance(items[0], Embedded):
+            return self.stored_condition(default_collate(items))
+        return self.encode([text_of(item) for item in items])
+
+    def onto_device(self, stored: Tensor) -> Tensor:
+        """What was read, in fp32 on the device, without waiting for it."""
+        return stored.to(self.device, non_blocking=True).float()
 
     def draw(self) -> Batch:
         """A micro-batch: noise and prompts, real latents and captions, or pairs."""
         if self.settings.random_init:
             return self.draw_random()
         if "pairs" in self.streams:
-            pair = next(self.streams["pairs"])
-            return Batch(
-                pair["noise"].to(self.device).float(),
-                self.encode(pair["prompts"]),
-                pair_latents=pair["latents"].to(self.device).float(),
-            )
+            pair, cond = self.take("pairs")
+            noise, latents = (self.onto_device(pair[k]) for k in ("noise", "latents"))
+            return Batch(noise, cond, pair_latents=latents)
         batch = Batch(self.noise(), None)
         if "prompts" in self.streams:
-            batch = batch._replace(cond=self.encode(next(self.streams["prompts"])))
+            batch = batch._replace(cond=self.take("prompts")[1])
         else:
-            captioned: LatentSample = next(self.streams["captions"])
-            batch = batch._replace(
-                cond=self.encode(captioned.caption),
-                data=captioned.latent.to(self.device).float(),
-            )
+            captioned, cond = self.take("captions")
+            data = self.onto_device(captioned.latent)
+            batch = batch._replace(cond=cond, data=data)
         if "latents" in self.streams:
-            real: LatentSample = next(self.streams["latents"])
-            batch = batch._replace(
-                latents=real.latent.to(self.device).float(),
-                latent_cond=self.encode(real.caption),
-            )
+            real, cond = self.take("latents")
+            latents = self.onto_device(real.latent)
+            batch = batch._replace(latents=latents, latent_cond=cond)
         return batch
 
     def draw_random(self) -> Batch:
@@ -697,14 +780,14 @@ class TextDistillation(Distillation):
         """Images of the first prompts of the data, from always the same noise."""
         if self.pipeline is None:
             return None
-        prompts = self.shown_prompts()
+        items = self.shown()
         generator = torch.Generator().manual_seed(self.settings.seed)
-        noise = torch.randn(len(prompts), *self.space.shape, generator=generator)
+        noise = torch.randn(len(items), *self.space.shape, generator=generator)
         own = torch.Generator(self.device).manual_seed(self.settings.seed)
         drawn = []
         with self.averaged():
-            for part in parts(len(prompts), self.settings.micro_batch_size):
-                cond = self.encode(prompts[part])
+            for part in parts(len(items), self.settings.micro_batch_size):
+                cond = self.condition_of(items[part])
                 with self.method.autocast(self.device):
                     latents = self.method.simulator.sample(
                         self.networks.student,
@@ -715,16 +798,15 @@ class TextDistillation(Distillation):
                 drawn.append(decode(self.pipeline.vae, latents).cpu())
         return torch.cat(drawn)
 
-    def shown_prompts(self) -> list[str]:
-        """The prompts of the pictures."""
+    def shown(self) -> list[Any]:
+        """The items of the data whose texts are those of the pictures."""
         name = "prompts" if "prompts" in self.streams else None
         dataset = next(
             self.streams[key].dataset
             for key in (name, "captions", "pairs")
             if key in self.streams
         )
-        items = [dataset[i] for i in range(min(PICTURES, len(dataset)))]
-        return [_prompt_of(item) for item in items]
+        return [dataset[i] for i in range(min(PICTURES, len(dataset)))]
 
     def export(self, folder: Path, step: int) -> None:
         """Writes the student: a whole pipeline, or the files of its adapter."""
@@ -789,12 +871,6 @@ class TextDistillation(Distillation):
             f"python examples/sample.py {where} --grid samples.png --prompt-file "
             "examples/prompts/dmd2-figure2.txt"
         )
-
-
-def _prompt_of(item: Any) -> str:
-    if isinstance(item, LatentSample):
-        return item.caption
-    return item if isinstance(item, str) else item["prompts"]
 
 
 def parts(count: int, size: int) -> Iterator[slice]:

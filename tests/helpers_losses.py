@@ -112,14 +112,20 @@ class ToyNetwork(nn.Module):
         cond: Any,
         *,
         want: Sequence[Want] | None = None,
+        outputs: int | None = None,
+        output_grad: bool = True,
     ) -> Tensor | NetworkOutput:
-        features = torch.tanh(self.encoder(x) + column(c_noise, x) / 10)
+        shift = column(c_noise, x) / 10
+        if cond is not None:
+            shift = shift + column(cond, x)
+        features = torch.tanh(self.encoder(x) + shift)
         if want is None:
             return self.decoder(features)
-        return NetworkOutput(
-            output=self.decoder(features) if "output" in want else None,
-            features=features if "features" in want else None,
-        )
+        output = None
+        if "output" in want:
+            with torch.set_grad_enabled(output_grad and torch.is_grad_enabled()):
+                output = self.decoder(features[:outputs])
+        return NetworkOutput(output, features if "features" in want else None)
 
 
 def toy_estimator(seed: int = 0) -> ScoreEstimator:

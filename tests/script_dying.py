@@ -19,11 +19,11 @@ MARKER = Path(sys.argv.pop(1))
 iterate = TextDistillation.iterate
 
 
-def dies(self: TextDistillation, step: int, monitor: Any) -> Any:
+def dies(self: TextDistillation, step: int) -> Any:
     if self.rank == 1 and step == 3 and not MARKER.exists():
         MARKER.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return iterate(self, step, monitor)
+    return iterate(self, step)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from parallel import plain, processes  # noqa: E402
 from runs import parse  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from dmdkit import Monitor, linear_warmup  # noqa: E402
+from dmdkit import linear_warmup  # noqa: E402
 
 ITERATIONS = 3  # student's turn, critic's alone, student's turn
 TERMS = ("dm_loss", "critic_loss", "gan_loss")
@@ -79,6 +79,12 @@ def rows_of(batch: Any, rows: slice) -> Any:
     return type(batch)(*(part(value) for value in batch))
 
 
+class SGD(torch.optim.SGD):
+    """Plain steps, which nothing can gate: unlike AdamW's they are no fused ones."""
+
+    found_inf = property(lambda self: None, lambda self, value: None)
+
+
 class Fixed:
     """A recipe without chance, and with plain SGD: its weights can be compared."""
 
@@ -87,11 +93,11 @@ class Fixed:
         torch.manual_seed(4)
         trained: dict[str, Any] = run.trained
         for part in trained.values():
-            part.optimizer = torch.optim.SGD(part.denoiser.parameters(), 0.02)
+            part.optimizer = SGD(part.denoiser.parameters(), 0.02)
             part.schedule = linear_warmup(part.optimizer, 0)
             part.max_gradient_norm = 1.0  # so that clipping takes part
+        times = steady(500.0 if max(run.method.simulator.times) > 80 else 2.0)
         for name in TERMS:
-            times = steady(500.0 if max(run.method.simulator.times) > 80 else 2.0)
             object.__setattr__(getattr(run.method, name), "times", times)
         last = len(run.method.simulator.times) - 1
         object.__setattr__(run.method.simulator, "draw_rung", lambda _: last)
@@ -108,7 +114,7 @@ class Fixed:
                 return rows_of(whole, slice(start, start + run.size))
 
             run.draw = draw
-            run.iterate(step, Monitor())
+            run.iterate(step)
             yield self.weights()
 
     def weights(self) -> dict[str, Tensor]:
@@ -172,6 +178,7 @@ def joined(values: Any) -> Any:
 
 
 FP32 = ("--precision", "fp32")
+SHARED = ("--shared-critic-pass", "--shared-generator-pass")
 CHECKS = {
     "ddp": ("sdxl", *FP32, "--strategy", "ddp"),
     "ddp lora": ("sdxl", *FP32, "--strategy", "ddp", "--lora", "both"),
@@ -183,6 +190,10 @@ CHECKS = {
     "control": ("sdxl", *FP32, "--strategy", "ddp"),
     "sd15 ddp": ("sd15", *FP32, "--strategy", "ddp"),
     "sd15 fsdp": ("sd15", *FP32, "--strategy", "fsdp"),
+    "fsdp shared": ("sdxl", *FP32, "--strategy", "fsdp", *SHARED),
+    "ddp lora shared": ("sdxl", *FP32, "--lora", "both", *SHARED),
+    "fsdp compiled": ("sdxl", *FP32, "--strategy", "fsdp", "--compile"),
+    "ddp compiled": ("sdxl", *FP32, "--strategy", "ddp", "--compile"),
     "imagenet ddp": ("imagenet", *FP32, "--strategy", "ddp"),
     "imagenet fsdp": ("imagenet", *FP32, "--strategy", "fsdp"),
 }
@@ -206,9 +217,20 @@ def nothing_averaged() -> Iterator[None]:
         recipe.learn = learn
 
 
+def by_tracing_alone() -> None:
+    """Compiles without a compiler: the graphs are run as PyTorch runs them."""
+    own: Any = torch.nn.Module.compile
+
+    def traced(self: Any, **options: Any) -> None:
+        own(self, backend="eager", **options)
+
+    torch.nn.Module.compile = traced
+
+
 def main() -> None:
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
+    by_tracing_alone()
     for module in ("losses.common", "sampling.common"):
         sys.modules[f"dmdkit.{module}"].__dict__["noise_like"] = sines
     with processes("cpu") as (rank, ranks, _):

@@ -1,39 +1,15 @@
 """The documentation names everything that is public."""
 
 import ast
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers_docs import PACKAGE, ROOT, documented, exported
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "dmdkit"
 SUBPACKAGES = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 SOURCES = sorted(
     path for folder in ("dmdkit", "examples") for path in (ROOT / folder).rglob("*.py")
 )
-
-
-def exported(init: Path) -> Iterator[str]:
-    """The public names of an `__init__.py`: what it imports as `X as X`."""
-    for node in ast.walk(ast.parse(init.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            yield from (a.name for a in node.names if a.name == a.asname)
-
-
-def documented() -> set[str]:
-    """Full names on the API pages: `::: a.b` and the `members` listed under it."""
-    names: set[str] = set()
-    for page in (ROOT / "docs" / "api").glob("*.md"):
-        root = ""
-        for line in page.read_text().splitlines():
-            if directive := re.match(r"::: (\S+)", line):
-                root = directive[1]
-                names.add(root)
-            elif member := re.match(r"\s+- (\w+)$", line):
-                names.add(f"{root}.{member[1]}")
-    return names
 
 
 @pytest.mark.parametrize("subpackage", SUBPACKAGES)

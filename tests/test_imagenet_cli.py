@@ -138,10 +138,10 @@ def test_a_scheduler_s_signal_saves_and_ends_the_run(
     train(*given, "--out", tmp_path / "whole")
     iterate = imagenet_edm.ImageNetDistillation.iterate
 
-    def told(self: Any, step: int, monitor: Any) -> Any:
+    def told(self: Any, step: int) -> Any:
         if step == 6:
             os.kill(os.getpid(), number)
-        return iterate(self, step, monitor)
+        return iterate(self, step)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:

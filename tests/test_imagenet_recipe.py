@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from dmdkit import (
     KarrasPreconditioning,
-    Monitor,
     NetworkWithHead,
     ScoreEstimator,
     VarianceExploding,
@@ -322,7 +321,7 @@ def test_the_student_moves_at_every_fifth_step_the_critic_at_each(
     )
     moved = []
     for step in range(7):
-        run.iterate(step, Monitor())
+        run.iterate(step)
         student, critic = weights(run.networks.student), weights(run.networks.critic)
         moved.append((not student.equal(of_student), not critic.equal(of_critic)))
         of_student, of_critic = student, critic
@@ -351,7 +350,7 @@ def test_the_critic_learns_from_samples_made_before_the_student_s_step(
 
     monkeypatch.setattr(run.method, "generate", keep)
     monkeypatch.setattr(run.method, "critic_backward", look)
-    run.iterate(0, Monitor())
+    run.iterate(0)
     assert len(made) == len(seen) == 1
     assert seen[0] is made[0]
 
@@ -466,7 +465,7 @@ def gradients(
         return {}
 
     monkeypatch.setattr(run, "update", keep)
-    run.iterate(0, Monitor())
+    run.iterate(0)
     assert list(found) == ["student", "critic"]
     monkeypatch.undo()
     return found
@@ -545,7 +544,7 @@ def test_presets_are_the_rows_of_tables_1_and_3() -> None:
 @pytest.mark.parametrize("preset", ["table3-gan-only", "table3-ttur"])
 def test_a_row_has_only_its_losses(folders: dict[str, Path], preset: str) -> None:
     run = imagenet_edm.ImageNetDistillation(settings(folders, "--preset", preset))
-    names = {name.partition("/")[0] for name in run.iterate(0, Monitor())}
+    names = {name.partition("/")[0] for name in run.iterate(0)}
     gan = preset == "table3-gan-only"
     others = {"gan", "discriminator"} if gan else {"dm"}
     # The critic's denoising loss stays where the GAN is alone, as in official code.
@@ -562,7 +561,7 @@ def golden_curve(folders: dict[str, Path]) -> dict[str, list[float]]:
     keys += ("student/gradient_norm", "critic/gradient_norm")
     curve: dict[str, list[float]] = {key: [] for key in keys}
     for step in range(10):
-        metrics = run.iterate(step, Monitor())
+        metrics = run.iterate(step)
         for key in keys:
             if key in metrics:
                 curve[key].append(metrics[key].item())

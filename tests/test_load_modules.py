@@ -5,7 +5,14 @@ import torch
 from helpers_training import TinyHead, TinyNetwork
 from torch import nn
 
-from dmdkit import NetworkWithHead, load_modules, save_checkpoint, saved_parameters
+from dmdkit import (
+    ExponentialMovingAverage,
+    NetworkWithHead,
+    load_modules,
+    load_states,
+    save_checkpoint,
+    saved_parameters,
+)
 
 
 def network(seed: int, hidden: int = 8) -> TinyNetwork:
@@ -64,3 +71,28 @@ def test_what_does_not_fit_is_refused(checkpoint: Path, tmp_path: Path) -> None:
         load_modules(checkpoint, critic=network(2, hidden=9))
     with pytest.raises(ValueError, match="no complete checkpoint"):
         load_modules(tmp_path / "nowhere", critic=network(2))
+
+
+def test_an_average_is_taken_and_nothing_else(tmp_path: Path) -> None:
+    student, fresh = network(0), network(3)
+    average = ExponentialMovingAverage(student, (0.5,))
+    average.update(network(1))
+    states = {"student_ema": average}
+    path = save_checkpoint(
+        tmp_path, step=7, modules={"student": student}, states=states
+    )
+    found = ExponentialMovingAverage(fresh, (0.5,))
+    before = torch.get_rng_state()
+    load_states(path, student_ema=found)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(fresh, network(3))
+    found.copy_to(fresh)
+    average.copy_to(student)
+    assert same(fresh, student)
+    with pytest.raises(ValueError, match="holds no such state as critic_ema"):
+        load_states(path, critic_ema=found)
+    other = ExponentialMovingAverage(network(0), (0.9,))
+    with pytest.raises(ValueError, match="holds no such state as student_ema"):
+        load_states(path, student_ema=other)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        load_states(tmp_path / "none", student_ema=found)

@@ -69,6 +69,7 @@ def test_four_processes_are_one(tmp_path: Path) -> None:
 def test_two_processes_are_one_with_every_strategy_and_recipe(tmp_path: Path) -> None:
     names = ("ddp", "fsdp lora", "fsdp bf16", "fsdp offload", "hsdp")
     names += ("sd15 ddp", "sd15 fsdp", "imagenet ddp")
+    names += ("fsdp shared", "ddp lora shared", "fsdp compiled", "ddp compiled")
     assert reports(tmp_path, *names) == dict.fromkeys(names, "")
 
 

@@ -20,7 +20,6 @@ from dmdkit import (
     ClassifierFreeGuidance,
     DiscreteVariancePreserving,
     EpsilonPrediction,
-    Monitor,
     NetworkWithHead,
     ScoreEstimator,
 )
@@ -440,7 +439,7 @@ def test_the_student_moves_at_its_turns_the_critic_at_each(
     )
     moved = []
     for step in range(turns + 1):
-        run.iterate(step, Monitor())
+        run.iterate(step)
         student, now = weights(run.networks.student), weights(critic)
         moved.append((not student.equal(of_student), not now.equal(of_critic)))
         of_student, of_critic = student, now
@@ -472,7 +471,7 @@ def test_what_is_trained_is_fp32_and_the_base_bf16(
     assert adapted == expected[lora]
     before = weights(run.base), weights(networks.student), weights(critic)
     for step in range(2):
-        run.iterate(step, Monitor())
+        run.iterate(step)
     assert weights(run.base).equal(before[0])
     assert not weights(networks.student).equal(before[1])
     assert not weights(critic).equal(before[2])
@@ -520,7 +519,7 @@ def golden_curve(folders: dict[str, Path]) -> dict[str, list[float]]:
     keys += ("student/gradient_norm", "critic/gradient_norm")
     curve: dict[str, list[float]] = {key: [] for key in keys}
     for step in range(10):
-        metrics = run.iterate(step, Monitor())
+        metrics = run.iterate(step)
         for key in keys:
             if key in metrics:
                 curve[key].append(metrics[key].item())

@@ -170,6 +170,9 @@ def sdxl_time_ids(
         (height, width, 0, 0, height, width) a sample: the original size, the crop's
         corner and the target size; fp32 [batch, 6].
 
+    Raises:
+        ValueError: If a number is not positive.
+
     Examples:
         >>> sdxl_time_ids(1, 1024).tolist()
         [[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]

@@ -94,6 +94,7 @@ class FluxNetwork(TransformerNetwork):
     """
 
     family: ClassVar[type[ModelMixin]] = FluxTransformer2DModel
+    shared: ClassVar[tuple[int, ...]] = (2,)  # the positions
 
     def __init__(
         self,

@@ -57,10 +57,10 @@ class EDMSettings:
     is the range of its sampler (Karras et al. 2022, Table 1).
 
     Attributes:
-        resolution: Height and width of its images.
-        channels: Their channels.
-        classes: How many classes it knows; 0 for an unconditional network.
-        sigma_data: The data's standard deviation, as its preconditioning has it.
+        resolution: Height and width of its images, >= 1.
+        channels: Their channels, >= 1.
+        classes: How many classes it knows, >= 0; 0 for an unconditional network.
+        sigma_data: The data's standard deviation > 0, as its preconditioning has it.
     """
 
     resolution: int

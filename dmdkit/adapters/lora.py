@@ -151,6 +151,7 @@ class LoRANetwork(nn.Module):
             cond: Condition = None,
             *,
             want: Sequence[Want] | None = None,
+            **decoding: Any,
         ) -> Any:
             """The signature of `forward`, which `nn.Module` hides."""
             ...
@@ -183,6 +184,7 @@ class LoRANetwork(nn.Module):
         cond: Condition = None,
         *,
         want: Sequence[Want] | None = None,
+        **decoding: Any,
     ) -> Tensor | NetworkOutput:
         """Answers as the base does, with other weights.
 
@@ -191,13 +193,14 @@ class LoRANetwork(nn.Module):
             c_noise: What it is fed as time, fp32 [b].
             cond: The condition.
             want: What to answer with; the output alone if None.
+            **decoding: What else the base takes, such as `outputs`.
 
         Returns:
             The output, or a `NetworkOutput` if `want` is given.
         """
         if want is None:
             return self._tree(x, c_noise, cond)
-        return self._tree(x, c_noise, cond, want=want)
+        return self._tree(x, c_noise, cond, want=want, **decoding)
 
     def train(self, mode: bool = True) -> "LoRANetwork":
         """Sets the mode of this network, not of the base.

@@ -11,6 +11,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dmdkit.adapters.inputs import check_time, input_dtype
 from dmdkit.types import Condition, Latent, NetworkOutput, Time, Want
@@ -31,6 +32,16 @@ class Tokens(NamedTuple):
     context: tuple[Any, ...]
     emb: Any
     grid: tuple[int, int]
+
+    def first(self, count: int, shared: Sequence[int]) -> "Tokens":
+        """Those of the first samples; `shared` are places in the context for all."""
+        image, context, emb, grid = self
+
+        def cut(parts: Any) -> Any:
+            return tree_map_only(Tensor, lambda part: part[:count], parts)
+
+        kept = (p if i in shared else cut(p) for i, p in enumerate(context))
+        return Tokens(cut(image), tuple(kept), cut(emb), grid)
 
     def as_map(self) -> Tensor:
         """The image's tokens as a feature map, [b, c, rows, columns]."""
@@ -62,6 +73,8 @@ class TransformerNetwork(nn.Module, abc.ABC):
 
     family: ClassVar[type[ModelMixin]]
     """The class of diffusers that the adapter is for."""
+    shared: ClassVar[tuple[int, ...]] = ()
+    """Places in the blocks' context of what all samples share, without a batch axis."""
 
     def __init__(self, transformer: Any, features: int | None = None) -> None:
         super().__init__()
@@ -89,6 +102,8 @@ class TransformerNetwork(nn.Module, abc.ABC):
             cond: Condition = None,
             *,
             want: Sequence[Want] | None = None,
+            outputs: int | None = None,
+            output_grad: bool = True,
         ) -> Any:
             """The signature of `forward`, which `nn.Module` hides."""
             ...
@@ -110,11 +125,31 @@ class TransformerNetwork(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, x: Tensor, c_noise: Tensor, cond: Condition) -> Tokens:
-        """Gives what the first block is fed; `x` has the transformer's dtype."""
+        """Gives what the first block is fed.
+
+        Args:
+            x: The network's input in the transformer's dtype, [b, c, h, w].
+            c_noise: What it is fed as time, fp32 [b].
+            cond: The condition that the family wants.
+
+        Returns:
+            The tokens before the first block.
+
+        Raises:
+            TypeError: If the condition is of the wrong kind.
+            ValueError: If the condition is of another batch, or lacks a part.
+        """
 
     @abc.abstractmethod
     def unembed(self, tokens: Tokens) -> Tensor:
-        """Gives the output [b, c, h, w] from what the last block answered."""
+        """Gives the output from what the last block answered.
+
+        Args:
+            tokens: The tokens after the last block.
+
+        Returns:
+            The output, [b, c, h, w].
+        """
 
     def forward(
         self,
@@ -123,6 +158,8 @@ class TransformerNetwork(nn.Module, abc.ABC):
         cond: Condition = None,
         *,
         want: Sequence[Want] | None = None,
+        outputs: int | None = None,
+        output_grad: bool = True,
     ) -> Tensor | NetworkOutput:
         """Answers with the output alone, or with what `want` names, in one pass.
 
@@ -132,6 +169,9 @@ class TransformerNetwork(nn.Module, abc.ABC):
             cond: The condition that the family wants.
             want: Any of "output", "features". Features alone leave out the later
                 blocks.
+            outputs: How many samples, the first of the batch, get an output; the later
+                blocks run for these. None is all.
+            output_grad: Whether the output has a graph; if not, only features do.
 
         Returns:
             The output, or a `NetworkOutput` if `want` is given.
@@ -150,20 +190,32 @@ class TransformerNetwork(nn.Module, abc.ABC):
         tokens = self.embed(
             x.to(input_dtype(self.transformer, self.first)), c_noise, cond
         )
-        features = None
-        for index, block in enumerate(self.blocks):
+        for block in self.blocks[: self.place + 1]:
             tokens = self._step(block, tokens)
-            if want is not None and "features" in want and index == self.place:
-                features = tokens.as_map()
-                if "output" not in want:
-                    return NetworkOutput(features=features)
+        output, features = None, None
+        if want is not None and "features" in want:
+            features = tokens.as_map()
+        if want is None or "output" in want:
+            if outputs is not None:
+                tokens = tokens.first(outputs, self.shared)
+            with torch.set_grad_enabled(output_grad and torch.is_grad_enabled()):
+                for block in self.blocks[self.place + 1 :]:
+                    tokens = self._step(block, tokens)
+                output = self.unembed(tokens)
         if want is None:
-            return self.unembed(tokens)
-        output = self.unembed(tokens) if "output" in want else None
-        return NetworkOutput(output=output, features=features)
+            assert output is not None
+            return output
+        return NetworkOutput(output, features)
 
     def grid(self, x: Tensor) -> tuple[int, int]:
-        """The rows and columns of tokens of an input."""
+        """The rows and columns of tokens of an input.
+
+        Args:
+            x: The network's input, [b, c, h, w].
+
+        Returns:
+            Rows and columns.
+        """
         return x.shape[-2] // self.patch, x.shape[-1] // self.patch
 
     def _step(self, block: nn.Module, tokens: Tokens) -> Tokens:

@@ -6,6 +6,7 @@ Nothing is patched or hooked: features come from calling a UNet's own submodules
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
@@ -36,6 +37,16 @@ class _Encoded(NamedTuple):
     skips: tuple[Tensor, ...]
     emb: Tensor
     text: Tensor | None
+
+    def first(self, count: int) -> "_Encoded":
+        """That of the first samples of the batch."""
+        h, skips, emb, text = self
+        return _Encoded(
+            h[:count],
+            tuple(skip[:count] for skip in skips),
+            emb[:count],
+            None if text is None else text[:count],
+        )
 
 
 class UNetNetwork(nn.Module):
@@ -113,6 +124,8 @@ class UNetNetwork(nn.Module):
             cond: Condition = None,
             *,
             want: Sequence[Want] | None = None,
+            outputs: int | None = None,
+            output_grad: bool = True,
         ) -> Any:
             """The signature of `forward`, which `nn.Module` hides."""
             ...
@@ -124,6 +137,8 @@ class UNetNetwork(nn.Module):
         cond: Condition = None,
         *,
         want: Sequence[Want] | None = None,
+        outputs: int | None = None,
+        output_grad: bool = True,
     ) -> Tensor | NetworkOutput:
         """Answers with the output alone, or with what `want` names, in one pass.
 
@@ -133,6 +148,9 @@ class UNetNetwork(nn.Module):
             cond: Class labels, a `TextCondition`, a `TextPooledCondition` or None,
                 whichever belongs to the UNet.
             want: Any of "output", "features". Features alone leave out the decoder.
+            outputs: How many samples, the first of the batch, get an output; the
+                decoder runs for these. None is all.
+            output_grad: Whether the output has a graph; if not, only features do.
 
         Returns:
             The output, or a `NetworkOutput` if `want` is given.
@@ -142,14 +160,21 @@ class UNetNetwork(nn.Module):
             ValueError: If the condition is missing, not wanted or of another batch.
         """
         encoded = self._encode(x, c_noise, cond)
-        middle = encoded._replace(h=self._middle(encoded))
-        features = middle.h if self.place == "mid" else encoded.h
+        if self.place == "mid":
+            encoded = encoded._replace(h=self._middle(encoded))
+        output, features = None, encoded.h
+        if want is None or "output" in want:
+            if outputs is not None:
+                encoded = encoded.first(outputs)
+                x, c_noise = x[:outputs], c_noise[:outputs]
+            with torch.set_grad_enabled(output_grad and torch.is_grad_enabled()):
+                if self.place == "encoder":
+                    encoded = encoded._replace(h=self._middle(encoded))
+                output = self._decode(encoded, x, c_noise)
         if want is None:
-            return self._decode(middle, x, c_noise)
-        return NetworkOutput(
-            output=self._decode(middle, x, c_noise) if "output" in want else None,
-            features=features if "features" in want else None,
-        )
+            assert output is not None
+            return output
+        return NetworkOutput(output, features if "features" in want else None)
 
     def _encode(self, x: Tensor, c_noise: Tensor, cond: Condition) -> _Encoded:
         unet = self.unet

@@ -51,7 +51,11 @@ class LatentKind:
     shift_factor: float | int = 0.0
 
     def about(self) -> dict[str, str | int | float]:
-        """Gives what a `ShardWriter` of such latents is told they are about."""
+        """Gives what a `ShardWriter` of such latents is told they are about.
+
+        Returns:
+            Its `about`.
+        """
         return {"what": _WHAT, **asdict(self)}
 
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a denoiser, in the standard convention."""
+"""Classifier-free guidance (arXiv 2207.12598) of a denoiser, as mostly written."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +75,9 @@ class ClassifierFreeGuidance:
             `guidance_scale_from_offset`.
         merged: Whether one call on a doubled batch, [unconditional, conditional],
             replaces two calls. Faster on small batches, with twice the activations.
+
+    Raises:
+        TypeError: If `unconditional` cannot be called.
     """
 
     denoiser: Denoiser

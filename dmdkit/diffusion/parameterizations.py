@@ -19,7 +19,14 @@ from dmdkit.types import PerSample, Time
 
 
 class Coefficients(NamedTuple):
-    """The affine map at one time a sample; each fp32 [b]."""
+    """The affine map at one time a sample; each fp32 [b].
+
+    Attributes:
+        c_in: What the noisy sample is multiplied by before the network sees it.
+        c_skip: The share of the noisy sample in the estimate.
+        c_out: The share of the network's output.
+        c_noise: What the network is fed as time.
+    """
 
     c_in: PerSample
     c_skip: PerSample
@@ -46,7 +53,14 @@ class Parameterization(abc.ABC):
         """
 
     def check(self, process: NoiseProcess) -> None:
-        """Raises `ValueError` if the map has no value at some time of the process."""
+        """Refuses a process at some time of which the map has no value.
+
+        Args:
+            process: The process.
+
+        Raises:
+            ValueError: If it divides by alpha, and the process reaches alpha = 0.
+        """
         if self.divides_by_alpha and process.reaches_pure_noise:
             raise ValueError(
                 f"parameterization: {type(self).__name__} divides by alpha, and "

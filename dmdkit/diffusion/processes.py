@@ -43,11 +43,25 @@ class NoiseProcess(abc.ABC):
 
     @abc.abstractmethod
     def alpha(self, t: Time) -> PerSample:
-        r"""The scale $\alpha_t$ of the clean sample, fp32 [b]."""
+        r"""The scale $\alpha_t$ of the clean sample.
+
+        Args:
+            t: Times, fp32 [b].
+
+        Returns:
+            One number a sample, fp32 [b]; NaN for what is no time of the process.
+        """
 
     @abc.abstractmethod
     def sigma(self, t: Time) -> PerSample:
-        r"""The standard deviation $\sigma_t$ of the noise, fp32 [b]."""
+        r"""The standard deviation $\sigma_t$ of the noise.
+
+        Args:
+            t: Times, fp32 [b].
+
+        Returns:
+            One number a sample, fp32 [b]; NaN for what is no time of the process.
+        """
 
     @property
     @abc.abstractmethod
@@ -56,7 +70,14 @@ class NoiseProcess(abc.ABC):
 
     @abc.abstractmethod
     def check_time(self, t: float | int) -> None:
-        """Raises `ValueError` if `t` is not a time of this process."""
+        """Refuses what is not a time of this process.
+
+        Args:
+            t: The number.
+
+        Raises:
+            ValueError: If it is none.
+        """
 
     @checked
     def add_noise(self, x0: Latent, noise: Latent, t: Time) -> Latent:
@@ -144,8 +165,12 @@ class DiscreteVariancePreserving(NoiseProcess):
     Source: Ho et al. 2020 (arXiv 2006.11239), Eq. 4.
 
     Attributes:
-        alphas_cumprod: The products $\bar\alpha_t$, one an index, from nearly 1 to
-            nearly (or exactly) 0.
+        alphas_cumprod: The products $\bar\alpha_t$, one an index, falling within [0, 1]
+            from nearly 1 to nearly (or exactly) 0.
+
+    Raises:
+        TypeError: If they are no tuple.
+        ValueError: If one lies outside [0, 1], or they do not fall.
     """
 
     alphas_cumprod: tuple[float, ...]

@@ -1,7 +1,7 @@
 """A network, its noise process and its parameterization, seen as a denoiser."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,14 @@ Quantity = Literal["x0", "score", "features", "logits"]
 
 
 class Estimate(NamedTuple):
-    """What was asked of a `ScoreEstimator`; what was not asked for is None."""
+    """What was asked of a `ScoreEstimator`; what was not asked for is None.
+
+    Attributes:
+        x0: The clean samples, [b, ...].
+        score: The scores (DMD2, Eq. 1), [b, ...].
+        features: The network's features, [b, c, h, w].
+        logits: The head's answers, [b].
+    """
 
     x0: Tensor | None = None
     score: Tensor | None = None
@@ -123,6 +130,8 @@ class ScoreEstimator(nn.Module):
         cond: Condition = None,
         *,
         want: Sequence[Quantity],
+        outputs: int | None = None,
+        output_grad: bool = True,
     ) -> Estimate:
         """Gives several quantities in one pass of the network.
 
@@ -131,12 +140,17 @@ class ScoreEstimator(nn.Module):
             t: Their times, fp32 [b].
             cond: The condition.
             want: Any of "x0", "score", "features", "logits".
+            outputs: How many samples, the first of the batch, get x0 and score; all if
+                None. The rest of the network is not run for the others.
+            output_grad: Whether x0 and score have a graph; if not, only features and
+                logits do, and the rest of the network saves nothing.
 
         Returns:
             What was asked for.
 
         Raises:
-            ValueError: If a shape is wrong or `want` names something else.
+            ValueError: If a shape is wrong, `want` names something else, or `outputs`
+                is no number of samples.
             TypeError: If a dtype is wrong, or if the network has no such thing to give.
         """
         unknown = set(want) - set(Estimate._fields)
@@ -145,20 +159,25 @@ class ScoreEstimator(nn.Module):
                 f"want: got {list(want)}, expected one or more of "
                 f"{', '.join(Estimate._fields)}."
             )
+        if outputs is not None and not 0 < outputs <= len(x_t):
+            raise ValueError(f"outputs: got {outputs}, expected 1 ... {len(x_t)}.")
         inner: list[Want] = [name for name in ("features", "logits") if name in want]
         if "x0" in want or "score" in want:
             inner.insert(0, "output")
         c = self.parameterization.coefficients(self.process, t)
-        given = self._ask(expand_as(c.c_in, x_t) * x_t, c.c_noise, cond, inner)
+        x = expand_as(c.c_in, x_t) * x_t
+        given = self._ask(x, c.c_noise, cond, inner, outputs, output_grad)
         found: dict[str, Tensor | None] = {
             "features": given.features,
             "logits": given.logits,
         }
         if "output" in inner:
-            x0 = self._to_x0(given.output, x_t, c.c_skip, c.c_out)
-            found["x0"] = x0
-            if "score" in want:
-                found["score"] = self._to_score(x0, x_t, t)
+            n = len(x_t) if outputs is None else outputs
+            with torch.set_grad_enabled(output_grad and torch.is_grad_enabled()):
+                x0 = self._to_x0(given.output, x_t[:n], c.c_skip[:n], c.c_out[:n])
+                found["x0"] = x0
+                if "score" in want:
+                    found["score"] = self._to_score(x0, x_t[:n], t[:n])
         return Estimate(**{name: found[name] for name in want})
 
     @checked
@@ -218,13 +237,31 @@ class ScoreEstimator(nn.Module):
         return logits
 
     def _ask(
-        self, x: Tensor, c_noise: Tensor, cond: Condition, want: list[Want]
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        cond: Condition,
+        want: list[Want],
+        outputs: int | None,
+        output_grad: bool,
     ) -> NetworkOutput:
-        if want == ["output"]:
+        decoding: dict[str, Any] = {}
+        if outputs is not None:
+            decoding["outputs"] = outputs
+        if not output_grad:
+            decoding["output_grad"] = False
+        if want == ["output"] and not decoding:
             return NetworkOutput(self.network(x, c_noise, cond))
         try:
-            given = self.network(x, c_noise, cond, want=tuple(want))
+            given = self.network(x, c_noise, cond, want=tuple(want), **decoding)
         except TypeError as error:
+            refused = [name for name in decoding if f"'{name}'" in str(error)]
+            if refused:
+                raise TypeError(
+                    f"network: it takes no `{refused[0]}`, which a shared pass needs; "
+                    "add it to its forward (see dmdkit.types.FeatureNetwork), or leave "
+                    "passes apart."
+                ) from error
             if "'want'" not in str(error):
                 raise
             raise TypeError(

@@ -102,7 +102,7 @@ class DiscreteUniformTime:
 
     Attributes:
         low: The smallest index, >= 0.
-        high: One more than the largest index.
+        high: One more than the largest index, > `low`.
     """
 
     low: int = 0
@@ -137,7 +137,7 @@ class KarrasIndexTime:
     Attributes:
         low: The smallest index, >= 0.
         high: One more than the largest index, <= `steps`.
-        steps: The number of levels.
+        steps: The number of levels, >= `high`.
         sigma_min: The smallest level.
         sigma_max: The largest level.
         rho: The grid's exponent.

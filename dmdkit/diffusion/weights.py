@@ -1,7 +1,7 @@
 r"""Weights that turn the mean squared error of $x_0$ into that of another target.
 
 With $x_t$ given, every prediction is affine in $x_0$, so its squared error is that of
-$x_0$ times a number that depends on time alone.
+$x_0$ times a number that depends on time alone (Salimans & Ho 2022, arXiv 2202.00512).
 """
 
 from collections.abc import Callable
@@ -98,5 +98,13 @@ class KarrasWeight:
             raise ValueError(f"sigma_data: got {self.sigma_data}, expected > 0.")
 
     def __call__(self, process: NoiseProcess, t: Time) -> PerSample:
-        """Gives the weights at times `t`, fp32 [b]."""
+        """Gives the weights.
+
+        Args:
+            process: The noise process in whose units `t` is.
+            t: Times, fp32 [b].
+
+        Returns:
+            The weights, fp32 [b].
+        """
         return snr_weight(process, t) + self.sigma_data**-2

@@ -42,6 +42,7 @@ class NetworkWithHead(nn.Module):
             cond: Condition = None,
             *,
             want: Sequence[Want] | None = None,
+            **decoding: Any,
         ) -> Any:
             """The signature of `forward`, which `nn.Module` hides."""
             ...
@@ -53,6 +54,7 @@ class NetworkWithHead(nn.Module):
         cond: Condition = None,
         *,
         want: Sequence[Want] | None = None,
+        **decoding: Any,
     ) -> Tensor | NetworkOutput:
         """Answers with the output alone, or with what `want` names.
 
@@ -61,6 +63,8 @@ class NetworkWithHead(nn.Module):
             c_noise: What it is fed as time, fp32 [b].
             cond: The condition.
             want: Any of "output", "features", "logits".
+            **decoding: What else the network takes, such as `outputs`; it says which
+                samples get an output, and all get features and logits.
 
         Returns:
             The output, or a `NetworkOutput` if `want` is given.
@@ -73,7 +77,7 @@ class NetworkWithHead(nn.Module):
         inner: list[Want] = [name for name in ("output", "features") if name in want]
         if "logits" in want and "features" not in inner:
             inner.append("features")
-        given = self.network(x, c_noise, cond, want=tuple(inner))
+        given = self.network(x, c_noise, cond, want=tuple(inner), **decoding)
         if not isinstance(given, NetworkOutput):
             raise TypeError(
                 f"network: asked for {', '.join(inner)} it gave {describe(given)}, "

@@ -33,3 +33,7 @@ from dmdkit.losses.regression import LPIPSDistance as LPIPSDistance
 from dmdkit.losses.regression import RegressionLoss as RegressionLoss
 from dmdkit.losses.regression import RegressionOutput as RegressionOutput
 from dmdkit.losses.regression import squared_distance as squared_distance
+from dmdkit.losses.shared import SharedCriticLoss as SharedCriticLoss
+from dmdkit.losses.shared import SharedCriticOutput as SharedCriticOutput
+from dmdkit.losses.shared import SharedGeneratorLoss as SharedGeneratorLoss
+from dmdkit.losses.shared import SharedGeneratorOutput as SharedGeneratorOutput

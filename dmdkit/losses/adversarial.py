@@ -125,6 +125,48 @@ def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def generator_output(x: Latent, logits: Logits, t: Time) -> GANGeneratorOutput:
+    """The generator's side of given logits."""
+    finite = finite_samples(x, logits)
+    metrics = {
+        "fooled": (logits.detach() > 0).float().mean(),
+        "nonfinite": (~finite).sum(),
+    }
+    return GANGeneratorOutput(
+        gan_generator_loss(logits), logits.detach(), t, finite, metrics
+    )
+
+
+def discriminator_output(
+    x: Latent,
+    real: RealLatent,
+    logits_fake: Logits,
+    logits_real: torch.Tensor,
+    t: Time,
+    t_real: RealTime,
+) -> GANDiscriminatorOutput:
+    """The discriminator's side of given logits."""
+    finite = finite_samples(x, logits_fake)
+    finite_real = finite_samples(real, logits_real)
+    told_right = torch.cat((logits_fake < 0, logits_real > 0))
+    metrics = {
+        "accuracy": told_right.float().mean(),
+        "fake": logits_fake.detach().mean(),
+        "real": logits_real.detach().mean(),
+        "nonfinite": (~finite).sum() + (~finite_real).sum(),
+    }
+    return GANDiscriminatorOutput(
+        gan_discriminator_loss(logits_fake, logits_real),
+        logits_fake.detach(),
+        logits_real.detach(),
+        t,
+        t_real,
+        finite,
+        finite_real,
+        metrics,
+    )
+
+
 @dataclass(frozen=True)
 class DiffusionGANLoss:
     """Both sides of the GAN on noisy samples (DMD2, section 4.3).
@@ -175,15 +217,7 @@ class DiffusionGANLoss:
         """
         require_gradient("x", x)
         x_t, t, _ = draw(x, discriminator.process, self.times, t, noise, generator)
-        logits = discriminator.logits(x_t, t, cond)
-        finite = finite_samples(x, logits)
-        metrics = {
-            "fooled": (logits.detach() > 0).float().mean(),
-            "nonfinite": (~finite).sum(),
-        }
-        return GANGeneratorOutput(
-            gan_generator_loss(logits), logits.detach(), t, finite, metrics
-        )
+        return generator_output(x, discriminator.logits(x_t, t, cond), t)
 
     @checked
     def discriminator(
@@ -230,22 +264,4 @@ class DiffusionGANLoss:
             )
         logits_fake = discriminator.logits(x_t, t, cond)
         logits_real = discriminator.logits(real_t, t_real, real_cond)
-        finite = finite_samples(x, logits_fake)
-        finite_real = finite_samples(real, logits_real)
-        told_right = torch.cat((logits_fake < 0, logits_real > 0))
-        metrics = {
-            "accuracy": told_right.float().mean(),
-            "fake": logits_fake.detach().mean(),
-            "real": logits_real.detach().mean(),
-            "nonfinite": (~finite).sum() + (~finite_real).sum(),
-        }
-        return GANDiscriminatorOutput(
-            gan_discriminator_loss(logits_fake, logits_real),
-            logits_fake.detach(),
-            logits_real.detach(),
-            t,
-            t_real,
-            finite,
-            finite_real,
-            metrics,
-        )
+        return discriminator_output(x, real, logits_fake, logits_real, t, t_real)

@@ -1,4 +1,4 @@
-r"""Denoising score matching: the critic's loss, and how teachers are trained.
+r"""Denoising score matching: the critic's loss (DMD2, section 3), and the teachers'.
 
 $\mathbb{E}\, w(t) \| \mu(x_t, t) - x_0 \|^2$; the weight makes it the squared error of
 epsilon, v or a velocity (see `dmdkit.diffusion.weights`).

@@ -76,7 +76,15 @@ class FlooredNormalizer:
             raise ValueError(f"floor: got {self.floor}, expected > 0.")
 
     def __call__(self, x: Latent, x0_real: Latent) -> PerSample:
-        """Gives one divisor a sample, [b]."""
+        """Gives the divisors.
+
+        Args:
+            x: Generated samples, [b, ...].
+            x0_real: The teacher's estimates, [b, ...].
+
+        Returns:
+            One divisor a sample, [b].
+        """
         return mean_absolute_error(x, x0_real).clamp(min=self.floor)
 
 

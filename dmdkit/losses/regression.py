@@ -54,7 +54,15 @@ class HuberDistance:
             raise ValueError(f"delta: got {self.delta}, expected > 0.")
 
     def __call__(self, a: Latent, b: Latent) -> PerSample:
-        """Gives one distance a sample, [b]."""
+        """Gives the distances.
+
+        Args:
+            a: Samples, [b, ...].
+            b: Other samples of the same shape.
+
+        Returns:
+            One distance a sample, [b].
+        """
         return per_sample_mean(
             huber_loss(a, b, reduction="none", delta=float(self.delta))
         )

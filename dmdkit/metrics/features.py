@@ -35,7 +35,14 @@ class ImageFeatures(Protocol):
         ...
 
     def __call__(self, images: Tensor, /) -> Features:
-        """Gives features [b, dim] of images that a protocol has prepared."""
+        """Gives the features of images.
+
+        Args:
+            images: Images that a protocol has prepared, [b, c, h, w].
+
+        Returns:
+            The features, floats [b, dim].
+        """
         ...
 
 
@@ -61,7 +68,13 @@ class CallableFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        """Gives the features, [b, dim].
+        """Gives the features of images.
+
+        Args:
+            images: Images as the protocol prepares them, [b, c, h, w].
+
+        Returns:
+            The features, floats [b, dim].
 
         Raises:
             ValueError: If the function gives another shape or no floats.

@@ -41,7 +41,14 @@ class Step:
     size: int | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Gives the images cropped or resized."""
+        """Crops or resizes images.
+
+        Args:
+            images: Images of 256 levels or in [0, 255], [b, c, h, w].
+
+        Returns:
+            The images cropped or resized, [b, c, size, size].
+        """
         return self.function(images, *([] if self.size is None else [self.size]))
 
     def __str__(self) -> str:
@@ -136,7 +143,14 @@ class DistanceProtocol:
             yield network(prepare_images(images, self.prepare)).float().cpu()
 
     def empty_statistics(self, network: ImageFeatures) -> FeatureStatistics:
-        """Statistics of nothing yet, that know which features they are of."""
+        """Gives statistics of nothing yet, that know which features they are of.
+
+        Args:
+            network: The feature network.
+
+        Returns:
+            Empty statistics.
+        """
         return FeatureStatistics(network.dim, self.label(network))
 
     def statistics(
@@ -195,7 +209,14 @@ class DistanceProtocol:
         )
 
     def label(self, network: ImageFeatures) -> str:
-        """The name of its features: network, weights and preparation."""
+        """Names its features: network, weights and preparation.
+
+        Args:
+            network: The feature network.
+
+        Returns:
+            The name, by which statistics are told apart.
+        """
         steps = ", ".join(map(_named, self.prepare)) or "as it is"
         return f"{network.name}, each image {steps}"
 

@@ -228,6 +228,9 @@ class FeatureStatistics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what `state_dict` gave.
 
+        Args:
+            state: What it gave.
+
         Raises:
             ValueError: If the number of features is another, or their name.
         """

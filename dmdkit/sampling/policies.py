@@ -1,4 +1,4 @@
-"""Other inputs for few-step students, in the place of `BackwardSimulator`."""
+"""Other inputs for few-step students than those of DMD2's section 4.5."""
 
 from dataclasses import dataclass
 

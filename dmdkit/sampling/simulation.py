@@ -57,7 +57,20 @@ class InputPolicy(Protocol):
         generator: torch.Generator | None = None,
         data: Latent | None = None,
     ) -> StudentInput:
-        """Gives the input for one iteration."""
+        """Gives the input for one iteration.
+
+        Args:
+            student: The student.
+            noise: The noise of the input, [b, ...].
+            cond: The condition.
+            rung: The rung; drawn if None.
+            rung_generator: A CPU generator, seeded alike on every rank.
+            generator: Source of any other noise, on the device of `noise`.
+            data: Real samples, [b, ...], for a policy that noises them.
+
+        Returns:
+            The input, its times and its rung.
+        """
         ...
 
 
@@ -161,7 +174,8 @@ class BackwardSimulator:
             noise: Standard normal noise to start from, [b, ...].
             cond: The condition.
             generator: Source of the fresh noise, on the device of `noise`.
-            draws: The fresh noise, N - 1 tensors, instead of drawing it.
+            draws: The fresh noise, N - 1 tensors of the shape of `noise`, instead of
+                drawing it.
 
         Returns:
             The samples, [b, ...].

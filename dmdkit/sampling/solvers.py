@@ -3,8 +3,8 @@ r"""Many-step samplers for teachers: baselines, and pairs for the regression los
 With $\hat\epsilon = (x_t - \alpha \mu) / \sigma$, a step from $(\alpha, \sigma)$ to
 $(\alpha', \sigma')$ along the probability flow is $x + \Delta\alpha\, \mu +
 \Delta\sigma\, \hat\epsilon$: for variance exploding noise this is EDM's Euler step, for
-variance preserving noise DDIM, for rectified flow the velocity step. The last step goes
-to clean data, where it is the denoiser's estimate itself.
+variance preserving noise DDIM (arXiv 2010.02502), for rectified flow the velocity step.
+The last step goes to clean data, where it is the denoiser's estimate itself.
 """
 
 import itertools
@@ -163,9 +163,9 @@ class StochasticSampler:
 
     Attributes:
         times: Sigmas in falling order, clean data left out.
-        churn: $S_\mathrm{churn}$: how much noise, over the whole trajectory.
-        s_min: No noise is added below this sigma.
-        s_max: No noise is added above this sigma.
+        churn: $S_\mathrm{churn}$ >= 0: how much noise, over the whole trajectory.
+        s_min: No noise is added below this sigma >= 0.
+        s_max: No noise is added above this sigma >= `s_min`.
         s_noise: Scales the noise added.
     """
 

@@ -25,4 +25,5 @@ from dmdkit.training.ttur import TTURCounts as TTURCounts
 from dmdkit.training.ttur import TTURScheduler as TTURScheduler
 from dmdkit.training.warmup import linear_warmup as linear_warmup
 from dmdkit.training.weights import load_modules as load_modules
+from dmdkit.training.weights import load_states as load_states
 from dmdkit.training.weights import saved_parameters as saved_parameters

@@ -21,11 +21,22 @@ class Stateful(Protocol):
     """Anything with `state_dict` and `load_state_dict`: EMA, LR schedule, loader."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Gives the state."""
+        """Gives the state.
+
+        Returns:
+            It, as a checkpoint can hold it.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """Takes a state."""
+        """Takes a state.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Returns:
+            Anything; it is not looked at.
+        """
         ...
 
 
@@ -85,7 +96,7 @@ def gather_state(
             f"optimizers: {', '.join(sorted(unknown))} is no module; name an optimizer "
             f"like its module ({', '.join(modules)})."
         )
-    state: dict[str, Any] = {"random": _split(GlobalRandomState().state_dict())}
+    state: dict[str, Any] = {"random": split_state(GlobalRandomState().state_dict())}
     for name, module in modules.items():
         state[f"module.{name}"] = dcp_state.get_model_state_dict(module)
     for name, optimizer in optimizers.items():
@@ -93,7 +104,7 @@ def gather_state(
             modules[name], optimizer
         )
     for name, value in states.items():
-        state[f"state.{name}"] = _split(value.state_dict())
+        state[f"state.{name}"] = split_state(value.state_dict())
     return state
 
 
@@ -125,15 +136,30 @@ def state_to_save(
     return state
 
 
-def _split(state: Any) -> dict[str, Any]:
-    """Takes the tensors out of a state, whose other content may change its shape."""
+def split_state(state: Any) -> dict[str, Any]:
+    """Takes the tensors out of a state, whose other content may change its shape.
+
+    Args:
+        state: What a `state_dict` gave.
+
+    Returns:
+        Its tensors by name, and the rest, pickled.
+    """
     leaves, _ = tree_flatten_with_path(state)
     tensors = {keystr(path): v for path, v in leaves if isinstance(v, Tensor)}
     rest = tree_map(lambda v: None if isinstance(v, Tensor) else v, state)
     return {"tensors": tensors, "rest": pickle.dumps(rest)}
 
 
-def _join(parts: Mapping[str, Any]) -> Any:
+def join_state(parts: Mapping[str, Any]) -> Any:
+    """Puts together what `split_state` took apart.
+
+    Args:
+        parts: Tensors and the rest.
+
+    Returns:
+        The state.
+    """
     tensors = parts["tensors"]
     return tree_map_with_path(
         lambda path, v: tensors.get(keystr(path), v), pickle.loads(parts["rest"])
@@ -166,6 +192,6 @@ def scatter_state(
             options=dcp_state.StateDictOptions(strict=False),
         )
     for name, value in states.items():
-        value.load_state_dict(_join(state[f"state.{name}"]))
+        value.load_state_dict(join_state(state[f"state.{name}"]))
     # Last: gathering an optimizer's state may run a step and draw random numbers.
-    GlobalRandomState().load_state_dict(_join(state["random"]))
+    GlobalRandomState().load_state_dict(join_state(state["random"]))

@@ -190,7 +190,11 @@ class Monitor:
         return fresh
 
     def instability(self) -> float | None:
-        """The stability signal: 0 is still; None until the window is full."""
+        """The stability signal.
+
+        Returns:
+            0 is still; None until the window is full.
+        """
         if len(self._recent) < self.window:
             return None
         # `statistics` raises at values that are not finite.
@@ -220,7 +224,11 @@ class Monitor:
         return {"history": [dict(e) for e in self.history], "said": sorted(self._said)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes a history."""
+        """Takes a history.
+
+        Args:
+            state: What `state_dict` gave.
+        """
         self.history = [dict(entry) for entry in state["history"]]
         self._recent = deque(self.history[-self.window :], maxlen=self.window)
         self._said = set(state["said"])

@@ -32,8 +32,8 @@ class TTURScheduler:
     accumulation a step is one optimizer step, whatever the number of micro-batches.
 
     Attributes:
-        critic_steps: Iterations to one generator update: 5 for ImageNet-64 and SDXL, 10
-            for SD1.5, 1 for alternating updates.
+        critic_steps: Iterations to one generator update, at least 1: 5 for ImageNet-64
+            and SDXL, 10 for SD1.5, 1 for alternating updates.
         critic_on_generator_turn: Whether the critic is also updated on the generator's
             turn.
 
@@ -64,11 +64,25 @@ class TTURScheduler:
             )
 
     def generator_turn(self, step: int) -> bool:
-        """Whether the generator is updated at a step, counted from 0."""
+        """Whether the generator is updated at a step.
+
+        Args:
+            step: The step, counted from 0.
+
+        Returns:
+            True on its turn.
+        """
         return step % self.critic_steps == 0
 
     def critic_turn(self, step: int) -> bool:
-        """Whether the critic is updated at a step, counted from 0."""
+        """Whether the critic is updated at a step.
+
+        Args:
+            step: The step, counted from 0.
+
+        Returns:
+            True on its turn.
+        """
         return self.critic_on_generator_turn or not self.generator_turn(step)
 
     def counts(self, step: int) -> TTURCounts:

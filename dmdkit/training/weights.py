@@ -6,6 +6,7 @@ from torch import nn
 
 from dmdkit.training.checkpoint import one_process_is_meant
 from dmdkit.training.checkpoint_files import check_complete, explain
+from dmdkit.training.checkpoint_state import Stateful, join_state, split_state
 
 
 def saved_parameters(path: str | Path, module: str) -> frozenset[str]:
@@ -67,3 +68,28 @@ def load_modules(path: str | Path, **modules: nn.Module) -> None:
         ) from error
     for name, module in modules.items():
         dcp_state.set_model_state_dict(module, state[f"module.{name}"])
+
+
+def load_states(path: str | Path, **states: Stateful) -> None:
+    """Restores states from a checkpoint, such as averages of weights, and nothing else.
+
+    Args:
+        path: A checkpoint's folder.
+        **states: The states by the name under which they were saved.
+
+    Raises:
+        ValueError: If there is no complete checkpoint, or it holds no such state.
+    """
+    from torch.distributed.checkpoint import CheckpointException, state_dict_loader
+
+    check_complete(Path(path))
+    parts = {f"state.{name}": split_state(s.state_dict()) for name, s in states.items()}
+    try:
+        with one_process_is_meant():
+            state_dict_loader.load(parts, checkpoint_id=path, no_dist=True)
+    except CheckpointException as error:
+        raise ValueError(
+            f"path: {path} holds no such state as {', '.join(states)}: {explain(error)}"
+        ) from error
+    for name, state in states.items():
+        state.load_state_dict(join_state(parts[f"state.{name}"]))

@@ -1,0 +1,423 @@
+"""What a TTUR cycle costs beside its passes, and how many passes it makes.
+
+    python tests/benchmarks/cycle.py --json cycle.json
+    python tests/benchmarks/cycle.py --json cycle.json --networks edm-16 sdxl-like
+
+A cycle is five iterations of a recipe, with GAN: five updates of the critic, one of the
+student. In one process iterations of several kinds take turns on the same networks: the
+recipe's own, those with shared passes, and for each of these the bare passes: the same
+forwards and backwards of the networks and the same optimizer steps (clipping and
+zeroing included), with nothing in between. fp32, one thread, whose CPU time is
+measured; random weights; no gradient checkpointing.
+
+For each network the file has
+
+- `overhead_ratio`: time of the recipe's cycle over that of its bare passes;
+- `shared_ratio`: time of a cycle with both shared passes over the default's, and
+  `shared_passes_ratio`, the same of the bare passes; `shared_critic_...`: with the
+  critic's alone;
+- `passes`: forwards and backwards of encoder and decoder in a cycle, in batches,
+  counted by hooks, beside those of the official loop, counted from its source;
+- `peak_bytes`: the most bytes of tensors beside weights and moments in each phase, and
+  a lower `bound`: what autograd keeps for the backward when that begins, or all
+  gradients when it ends, whichever is more.
+
+Ratios are medians of the rounds' own; seconds are medians.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "examples")]
+
+import imagenet_edm  # noqa: E402
+import sd15  # noqa: E402
+import sdxl  # noqa: E402
+import torch  # noqa: E402
+from diffusers.models.unets.unet_2d import UNet2DModel  # noqa: E402
+from distillation import Distillation, RunSettings  # noqa: E402
+from plan import phases_counted  # noqa: E402
+from planning import Counter  # noqa: E402
+from text_to_image import TextDistillation  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from dmdkit import (  # noqa: E402
+    ClassifierFreeGuidance,
+    concatenate_conditions,
+    frozen,
+)
+from dmdkit.adapters.diffusers import UNetNetwork  # noqa: E402
+from dmdkit.adapters.edm import edm_denoiser, imagenet64_unet  # noqa: E402
+from dmdkit.adapters.edm_unet import adm_config  # noqa: E402
+from dmdkit.adapters.folders import save_denoiser  # noqa: E402
+
+CRITIC_STEPS = 5
+RUNGS = (1, 3, 0, 2, 2)
+"""Of the iterations of a cycle, where there are four: 1.6 simulated calls on average,
+against 1.5 of uniform draws."""
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "shared_critic": {"shared_critic_pass": True},
+    "shared": {"shared_critic_pass": True, "shared_generator_pass": True},
+}
+TEXT_UNETS: dict[str, dict[str, Any]] = {
+    "sd15-like": {
+        "sample_size": 32,
+        "block_out_channels": (32, 64, 128, 128),
+        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        "cross_attention_dim": 128,
+        "attention_head_dim": 4,
+    },
+    "sdxl-like": {
+        "sample_size": 16,
+        "block_out_channels": (32, 64, 128),
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+        "cross_attention_dim": 256,
+        "attention_head_dim": (1, 2, 4),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 320,
+    },
+}
+"""SD1.5 and SDXL with a tenth of their channels, on smaller latents."""
+ADMS: dict[str, dict[str, Any]] = {
+    "edm-16": {"widths": (128, 256), "blocks": 2, "attends": (False, True)},
+    "adm-163m-16": {
+        "widths": (192, 384, 576, 768),
+        "blocks": 1,
+        "attends": (False, True, True, True),
+    },
+    "imagenet64-16": {},
+}
+"""EDM's networks on images of 16 pixels: a small one; that of ImageNet-64 at its full
+width with a block a level in place of three, 163 M parameters; that of ImageNet-64, 296
+M, which takes 10.5 GiB."""
+BATCH = {
+    "edm-16": 4,
+    "sd15-like": 2,
+    "sdxl-like": 2,
+    "adm-163m-16": 4,
+    "imagenet64-16": 4,
+}
+
+
+def build(name: str, folder: Path) -> Distillation:
+    """A recipe on a network, its data drawn at random."""
+    common: dict[str, Any] = {
+        "batch_size": BATCH[name],
+        "micro_batch_size": BATCH[name],
+        "critic_steps": CRITIC_STEPS,
+        "gan": True,
+        "precision": "fp32",
+        "run": RunSettings(folder, device="cpu", workers=0),
+    }
+    if name in TEXT_UNETS:
+        recipe, preset = (
+            (sdxl, "four-step") if name == "sdxl-like" else (sd15, "stage1")
+        )
+        settings = replace(
+            recipe.PRESETS[preset],
+            random_init=True,
+            gradient_checkpointing=False,
+            **common,
+        )
+        return TextDistillation(settings, TEXT_UNETS[name])
+    torch.manual_seed(0)
+    if shape := ADMS[name]:
+        more: dict[str, Any] = {"resolution": 16, "channels": 3, "classes": 1000}
+        unet = UNet2DModel(**adm_config(**shape, **more))
+    else:
+        unet = imagenet64_unet()
+        unet.register_to_config(sample_size=16)
+    save_denoiser(folder / name, edm_denoiser(unet))
+    settings = imagenet_edm.Settings(teacher=folder / name, **common)
+    return imagenet_edm.ImageNetDistillation(settings)
+
+
+class Bench:
+    """A recipe's run, whose cycles can be made as they are, or bare."""
+
+    def __init__(self, run: Distillation) -> None:
+        self.run, settings = run, cast(Any, run.settings)
+        teacher, student, critic = run.networks
+        self.guided = isinstance(teacher, ClassifierFreeGuidance)
+        denoiser = teacher.denoiser if self.guided else teacher
+        self.teacher, self.student = denoiser.network, student.network
+        self.critic = critic.network
+        more = []
+        if isinstance(run, imagenet_edm.ImageNetDistillation):
+            more = [denoiser.parameterization.sigma_data]
+        self.methods = {
+            name: type(run.method)(replace(settings, **changes), *more)
+            for name, changes in MODES.items()
+        }
+        several = len(settings.times) > 1
+        self.rungs = RUNGS if several else (0,) * CRITIC_STEPS
+        batch: Any = run.draw()
+        t = torch.full((len(batch.noise),), 0.5)
+        if isinstance(run, imagenet_edm.ImageNetDistillation):
+            self.fake = batch.noise, t, batch.labels
+            self.real = batch.images, t, batch.image_labels
+        else:
+            self.fake = batch.noise, t, batch.cond
+            self.real = batch.latents, t, batch.latent_cond
+        self.both = (
+            torch.cat((self.fake[0], self.real[0])),
+            torch.cat((t, t)),
+            concatenate_conditions(self.fake[2], self.real[2]),
+        )
+        self.seconds: dict[str, float] = {}
+
+    def iteration(self, mode: str, step: int) -> float:
+        """Seconds of an iteration of the recipe."""
+        self.run.method = self.methods[mode]
+        with patch.object(self.run, "draw_rung", lambda: self.rungs[step]):
+            start = time.process_time()
+            self.run.iterate(step)
+            return time.process_time() - start
+
+    def bare_iteration(self, mode: str, step: int) -> float:
+        """Seconds of its passes and optimizer steps alone."""
+        shares, trained = MODES[mode], self.run.trained
+        turn = self.run.ttur.generator_turn(step)
+        self.seconds.clear()
+        with self.timed("samples"):
+            x = self.sample(self.rungs[step], train=turn)
+        if turn:
+            with frozen(self.critic), self.timed("student"):
+                self.of_student(x, "shared_generator_pass" in shares).backward()
+            with self.timed("optimizers"):
+                trained["student"].clip()
+                trained["student"].step()
+        with self.timed("critic"):
+            self.of_critic("shared_critic_pass" in shares).backward()
+        with self.timed("optimizers"):
+            trained["critic"].clip()
+            trained["critic"].step()
+        return sum(self.seconds.values())
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the seconds within it."""
+        start = time.process_time()
+        yield
+        seconds = time.process_time() - start
+        self.seconds[name] = self.seconds.get(name, 0) + seconds
+
+    def sample(self, rung: int, *, train: bool) -> Tensor:
+        """The student's passes of an iteration."""
+        with torch.no_grad():
+            for _ in range(rung):
+                self.student(*self.fake)
+        with torch.set_grad_enabled(train):
+            return self.student(*self.fake)
+
+    def of_student(self, x: Tensor, shared: bool) -> Tensor:
+        """The passes of the student's losses, as one number to backpropagate."""
+        _, t, cond = self.fake
+        with torch.no_grad():
+            for _ in range(2 if self.guided else 1):
+                self.teacher(x, t, cond)
+        if shared:
+            wanted: dict[str, Any] = {"want": ("output", "logits")}
+            return self.critic(x, t, cond, **wanted, output_grad=False).logits.mean()
+        with torch.no_grad():
+            self.critic(x, t, cond)
+        return self.critic(x, t, cond, want=("logits",)).logits.mean()
+
+    def of_critic(self, shared: bool) -> Tensor:
+        """The passes of the critic's losses, as one number to backpropagate."""
+        if shared:
+            wanted: dict[str, Any] = {"want": ("output", "logits")}
+            given = self.critic(*self.both, **wanted, outputs=len(self.fake[0]))
+            return given.output.mean() + given.logits.mean()
+        total = self.critic(*self.fake).mean()
+        for given in (self.fake, self.real):
+            total = total + self.critic(*given, want=("logits",)).logits.mean()
+        return total
+
+    def passes(self, mode: str) -> dict[str, float]:
+        """Counts what encoders and decoders do in the recipe's own cycle."""
+        found: dict[str, float] = dict.fromkeys(self.official_passes(), 0)
+        size = self.run.settings.batch_size
+
+        def count(part: str) -> Callable[..., None]:
+            def add(name: str, share: float) -> None:
+                found[f"{part}_{name}"] += share
+
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                h = output if isinstance(output, Tensor) else output[0]
+                share = len(h) / size
+                add("forwards", share)
+                if h.requires_grad:
+                    h.register_hook(lambda _: add("backwards", share))
+
+            return hook
+
+        with ExitStack() as stack:
+            for network in (self.teacher, self.student, self.critic):
+                modules = network.modules()
+                unet: Any = next(m for m in modules if isinstance(m, UNetNetwork)).unet
+                for part, block in (
+                    ("encoder", unet.down_blocks[0]),
+                    ("decoder", unet.up_blocks[-1]),
+                ):
+                    handle = block.register_forward_hook(count(part))
+                    stack.callback(handle.remove)
+            for step in range(CRITIC_STEPS):
+                self.iteration(mode, step)
+        return found
+
+    def official_passes(self) -> dict[str, float]:
+        """The same in official DMD2 (main/edm/train_edm.py, main/train_sd.py).
+
+        One sample an iteration, with a graph on the student's turn; teacher and critic
+        for distribution matching; the critic's encoder for the student's GAN loss; and
+        for every update of the critic a pass to denoise and two of its encoder to
+        classify.
+        """
+        critics, guided = CRITIC_STEPS, 2 if self.guided else 1
+        whole = critics + sum(self.rungs) + guided + 1 + critics
+        return {
+            "encoder_forwards": whole + 1 + 2 * critics,
+            "decoder_forwards": whole,
+            "encoder_backwards": 1 + 1 + 3 * critics,
+            "decoder_backwards": 1 + critics,
+        }
+
+    def peaks(self, mode: str) -> dict[str, dict[str, int]]:
+        """Most bytes of tensors beside weights and moments, by phase, and the bound."""
+        counter, trained = Counter(), self.run.trained.values()
+        self.run.method = self.methods[mode]
+        with counter, phases_counted(self.run, counter) as phases:
+            counter.put(list(self.teacher.parameters()), "weights")
+            for part in trained:
+                counter.put(list(part.denoiser.parameters()), "weights")
+                counter.put(part.optimizer.state, "optimizer")
+            kept = sum(counter.live.values())
+            with patch.object(self.run, "draw_rung", lambda: self.rungs[0]):
+                self.run.iterate(0)
+        shares = MODES[mode]
+        x, student = saved(self.student, lambda: self.sample(0, train=True))
+        with frozen(self.critic):
+            given, shared = x.detach().requires_grad_(), "shared_generator_pass"
+            _, gan = saved(
+                self.critic, lambda: self.of_student(given, shared in shares)
+            )
+        shared = "shared_critic_pass" in shares
+        _, critic = saved(self.critic, lambda: self.of_critic(shared))
+        gradients = {
+            name: sum(4 * p.numel() for p in part.denoiser.parameters())
+            for name, part in self.run.trained.items()
+        }
+        bounds = {
+            "generate": student,
+            "student_backward": max(student + gan, gradients["student"]),
+            "critic_backward": max(critic, gradients["critic"]),
+        }
+        return {
+            name: {"peak": phases[name].peak - kept, "bound": bound}
+            for name, bound in bounds.items()
+        }
+
+
+def saved(network: nn.Module, call: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """A call's answer, and the bytes that autograd keeps for its backward."""
+    found: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        answer = call()
+    return answer, sum(found.values())
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Everything about one network."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(build(name, Path(folder)))
+    passes = {mode: bench.passes(mode) for mode in MODES}  # warms up as well
+    peaks = {mode: bench.peaks(mode) for mode in MODES}
+    cycles: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
+    bare: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
+    parts: list[dict[str, float]] = [{} for _ in range(rounds)]
+    kinds = [(bare, bench.bare_iteration), (cycles, bench.iteration)]
+    order = [(mode, *kind) for mode in MODES for kind in kinds]
+    for i in tqdm(range(rounds), desc=name, unit="round"):
+        for step in range(CRITIC_STEPS):
+            random.shuffle(order)
+            for mode, seconds, make in order:
+                seconds[mode][i] += make(mode, step)
+                if mode == "default" and seconds is bare:
+                    for part, taken in bench.seconds.items():
+                        parts[i][part] = parts[i].get(part, 0) + taken
+
+    def ratio(above: list[float], below: list[float]) -> float:
+        pairs = zip(above, below, strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 4)
+
+    usual, usual_bare = cycles["default"], bare["default"]
+    return {
+        "network": name,
+        "parameters": sum(p.numel() for p in bench.teacher.parameters()),
+        "batch": BATCH[name],
+        "rounds": rounds,
+        "overhead_ratio": ratio(usual, usual_bare),
+        "overhead_ratio_shared": ratio(cycles["shared"], bare["shared"]),
+        "shared_ratio": ratio(cycles["shared"], usual),
+        "shared_passes_ratio": ratio(bare["shared"], usual_bare),
+        "shared_critic_ratio": ratio(cycles["shared_critic"], usual),
+        "shared_critic_passes_ratio": ratio(bare["shared_critic"], usual_bare),
+        "seconds": {
+            "cycle": {m: round(statistics.median(s), 4) for m, s in cycles.items()},
+            "bare": {m: round(statistics.median(s), 4) for m, s in bare.items()},
+            "parts": {
+                part: round(statistics.median(p[part] for p in parts), 4)
+                for part in parts[0]
+            },
+        },
+        "passes": {"official": bench.official_passes(), **passes},
+        "peak_bytes": peaks,
+    }
+
+
+def main() -> None:
+    """Measures the networks that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--networks", nargs="+", choices=BATCH, default=list(BATCH))
+    parser.add_argument("--rounds", type=int, default=7, help="at least seven")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for name in given.networks:
+        found.append(measure(name, given.rounds))
+        print(json.dumps(found[-1], indent=2), flush=True)
+        if given.json is not None:
+            given.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
