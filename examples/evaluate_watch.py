@@ -86,12 +86,16 @@ class Run:
         return checkpoints(self.folder / "checkpoints")
 
     def over(self) -> bool:
-        """Whether it has ended: nothing is newer than its summary."""
+        """Whether it has ended: its summary is of no fewer iterations than there are.
+
+        A run that goes on with more of them has the summary of before.
+        """
         summary = self.folder / "summary.json"
-        if not summary.is_file():
+        try:
+            ended = json.loads(summary.read_text())["iterations"]
+        except (OSError, ValueError):  # none, or half written
             return False
-        ended = summary.stat().st_mtime
-        return all(path.stat().st_mtime <= ended for path in self.checkpoints())
+        return all(step_of(path) <= ended for path in self.checkpoints())
 
 
 def step_of(checkpoint: Path) -> int:

@@ -125,7 +125,7 @@ def _at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def generator_output(x: Latent, logits: Logits, t: Time) -> GANGeneratorOutput:
+def generator_output(x: Latent, logits: torch.Tensor, t: Time) -> GANGeneratorOutput:
     """The generator's side of given logits."""
     finite = finite_samples(x, logits)
     metrics = {
@@ -140,7 +140,7 @@ def generator_output(x: Latent, logits: Logits, t: Time) -> GANGeneratorOutput:
 def discriminator_output(
     x: Latent,
     real: RealLatent,
-    logits_fake: Logits,
+    logits_fake: torch.Tensor,
     logits_real: torch.Tensor,
     t: Time,
     t_real: RealTime,

@@ -185,7 +185,7 @@ def table(results: Results, data: str, name: str) -> str:
         ]
         label = NAMES[cell]
         lines.append("| " + " | ".join([label, str(seeds), *numbers]) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "*Not trained yet.*"
 
 
 def status(results: Results) -> str:
@@ -198,8 +198,9 @@ def status(results: Results) -> str:
     shown = ", ".join(
         f"{counts[data]} of {whole[data]} on {TITLES[data]}" for data in SEEDS
     )
-    ended = "It is complete" if counts == whole else "It is not complete"
-    return f"{ended}: {shown} (cells times seeds)."
+    if counts == whole:
+        return f"The study is complete: {shown} (rows times seeds)."
+    return f"The study is being run, and tables fill: {shown} (rows times seeds)."
 
 
 def fill_page(text: str, results: Results) -> str:
@@ -339,7 +340,8 @@ def write_report(out: Path, page: Path | None = None) -> None:
         for name, draw in figures.items():
             if data == "fashion" and name != "frechet":
                 continue
-            draw(results, data, assets / f"study_{data}_{name}.png")
+            if any(row["data"] == data for row in results.curves):
+                draw(results, data, assets / f"study_{data}_{name}.png")
         figure_samples(out, data, assets / f"study_{data}_samples.png")
         if page is None:
             for name in TABLES:
