@@ -5,7 +5,7 @@ Images that are there, or that a student or a teacher draws for it:
     python examples/evaluate.py --protocol imagenet64_edm --student runs/imagenet/student \
         --reference imagenet-64x64.npz --json student.json
     python examples/evaluate.py --protocol coco10k_512 patch_fid_299 clip_score \
-        --student runs/sdxl/student --prompt-file coco/coco10k/prompts.jsonl \
+        --student runs/four-step/student --prompt-file coco/coco10k/prompts.jsonl \
         --reference coco/coco10k/images --json sdxl.json
     python examples/evaluate.py --protocol coco30k_256 --images drawn \
         --reference coco/coco30k/references

@@ -143,6 +143,8 @@ def read_answers(path: Path, key: Mapping[str, Any]) -> Answers:
                     f"ANSWERS {path}: pair {pair}: {question!r} is {side!r}, expected "
                     f"{' or '.join(map(repr, key['questions']))}, left or right."
                 )
+    if content.get("consent") is not True:
+        raise SystemExit(f"ANSWERS {path}: the rater did not consent.")
     if not any(sides.values()):
         raise SystemExit(f"ANSWERS {path}: nothing is answered.")
     return Answers(path, rater.strip(), sides)

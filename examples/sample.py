@@ -61,7 +61,8 @@ def kind_of(source: str, option: str) -> Literal["classes", "text"]:
             f"{option} {source}: it has neither the model_index.json of a pipeline nor "
             f"the {SIDECAR} of a class-conditional model."
         )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    if not is_name or folder.parent.is_dir():  # a name on the hub has no folder here
         raise SystemExit(f"{option} {source}: there is no such folder.")
     return "text"
 

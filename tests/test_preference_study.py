@@ -79,6 +79,7 @@ def saved(path: Path, rater: str, sides: dict[str, Any], top: Path, **other) -> 
         "format": preference_rates.ANSWERS_FORMAT,
         "study": key_of(path)["study"],
         "rater": rater,
+        "consent": True,
         "answers": sides,
         **other,
     }
@@ -327,6 +328,7 @@ def test_answers_that_are_refused(tmp_path: Path) -> None:
     refused("no rater", saved(path, " ", good, tmp_path))
     refused("no rater", saved(path, "x", good, tmp_path, answers=[]))
     refused("nothing is answered", saved(path, "x", {"0001": {}}, tmp_path))
+    refused("did not consent", saved(path, "x", good, tmp_path, consent=False))
     for given in ({"quality": "both"}, {"quality": None}, {"beauty": "left"}):
         refused("pair 0001: '", saved(path, "x", {"0001": given}, tmp_path))
     refused("no sides by question", saved(path, "x", {"0001": "left"}, tmp_path))

@@ -425,3 +425,13 @@ def test_nothing_is_left_where_nothing_was_asked(top: Path, tmp_path: Path) -> N
     broken.save_pretrained(tmp_path / "few")
     with pytest.raises(SystemExit, match=r"its scheduler is a few-step student's, and"):
         draw(tmp_path / "few", "--prompts", "a", "--out", tmp_path / "other")
+
+
+def test_a_missing_folder_beside_others_is_no_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(SystemExit, match="FOLDER demo/student: there is no such"):
+        sample.kind_of("demo/student", "FOLDER")
+    assert sample.kind_of("someone/student", "FOLDER") == "text"
