@@ -102,9 +102,9 @@ class FolderImages(ImageSource):
                 self._require_mode(path, image.mode)
                 kinds[image.mode, image.size] += 1
         if len(kinds) > 1 and not self.real:
-            (first, _), *_, (last, number) = kinds.most_common()
+            (first, most), *_, (last, number) = kinds.most_common()
             raise ValueError(
-                f"{self.folder} holds images of {_kind(first)} and {number} of "
+                f"{self.folder} holds {most} images of {_kind(first)} and {number} of "
                 f"{_kind(last)}, expected all alike."
             )
         self.listing = {

@@ -541,7 +541,7 @@ def test_images_that_are_refused(
     refused("--images: .*empty holds no PNG or JPEG", *options, tmp_path / "empty")
     Image.new("RGB", (41, 40)).save(anew() / "3.png")
     refused(
-        r"--images: .* holds images of RGB 40x40 and 1 of RGB 41x40, expected all",
+        r"--images: .* holds 8 images of RGB 40x40 and 1 of RGB 41x40, expected all",
         *[*options, folder],
     )
     for mode in ("L", "RGBA", "P", "I;16"):
