@@ -50,6 +50,11 @@ class Cell:
         """The tables in one word, as the results have them."""
         return "+".join(self.tables)
 
+    @property
+    def has_curve(self) -> bool:
+        """Whether a figure shows how it went, not only how it ended."""
+        return bool({"8", "9"} & set(self.tables))
+
 
 def _cells() -> tuple[Cell, ...]:
     ttur = Cell("ttur", ("3", "8", "9", "B"), gan_weight=0.0)

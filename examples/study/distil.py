@@ -1,10 +1,11 @@
 """One training run of the study: a cell, a data set, a seed."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from study.cells import REGRESSION_WEIGHT, Cell
@@ -86,9 +87,9 @@ class Run:
         self.sampler = BackwardSimulator(times)
         self.inputs = self.sampler if cell.backward_simulation else NoisedData(times)
         self.ttur = TTURScheduler(cell.critic_steps)
-        started = time.process_time()
-        self.pairs = make_pairs(teacher, data, seed) if cell.regression else None
-        self.preparation = time.process_time() - started
+        self.pairs, self.preparation = None, 0.0
+        if cell.regression:
+            self.pairs, self.preparation = pairs_of(data)
 
         rate = self.training.learning_rate
         if cell.pretraining:
@@ -232,14 +233,24 @@ def _adamw(denoiser: ScoreEstimator, learning_rate: float) -> torch.optim.AdamW:
     )
 
 
-def make_pairs(
-    teacher: ScoreEstimator, data: Data, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, labels, and what the teacher's ODE makes of them, for DMD's regression."""
-    generator = torch.Generator().manual_seed(1_000_000 + seed)
-    noise = torch.randn(PAIRS, *data.shape, generator=generator)
-    labels = torch.randint(data.classes, (PAIRS,), generator=generator)
-    sampler = HeunSampler(karras_sigmas(PAIR_CALLS))
+Pairs: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Noise, labels, and what the teacher's ODE makes of them."""
+
+
+@functools.cache
+def pairs_of(data: Data) -> tuple[Pairs, float]:
+    """The pairs of DMD's regression, one set for all seeds, and their CPU seconds."""
+    started = time.process_time()
+    pairs = make_pairs(data, PAIRS)
+    return pairs, time.process_time() - started
+
+
+def make_pairs(data: Data, count: int) -> Pairs:
+    """Draws noise and labels, and solves the teacher's ODE from them."""
+    generator = torch.Generator().manual_seed(1_000_000)
+    noise = torch.randn(count, *data.shape, generator=generator)
+    labels = torch.randint(data.classes, (count,), generator=generator)
+    teacher, sampler = data.load_teacher(), HeunSampler(karras_sigmas(PAIR_CALLS))
     parts = zip(noise.split(256), labels.split(256), strict=True)
     return noise, labels, torch.cat([sampler(teacher, n, c) for n, c in parts])
 
@@ -250,7 +261,7 @@ class Trained:
 
     run: Run
     seconds: float = 0.0
-    """CPU time of the training on one thread, making pairs included."""
+    """CPU time of the training on one thread, making all pairs included."""
     critic_updates: int = 0
     generator_updates: int = 0
     curve: list[dict[str, float]] = field(default_factory=list)
@@ -262,7 +273,7 @@ def train(
     seed: int,
     budget: int,
     measure: Callable[[Run], dict[str, float]],
-    every: int = 50,
+    every: int | None = None,
     training: Training | None = None,
 ) -> Trained:
     """Trains a cell, in two stages if it has them, and measures as it goes.
@@ -273,7 +284,7 @@ def train(
         seed: Of weights of the head, batches, noise and times.
         budget: Critic updates of one stage of length 1.
         measure: Gives the numbers of a point of the curves.
-        every: Critic updates between points.
+        every: Critic updates between points; None is a point at the end alone.
         training: What is the same for all cells.
 
     Returns:
@@ -295,7 +306,7 @@ def train(
             updates += before.generator_updates
         iterations = round(budgets * budget)
         for step in range(iterations):
-            if step % every == 0:
+            if every and step % every == 0:
                 curve.append(_point(run, done, updates, seconds, measure))
             started = time.process_time()
             run.iterate(step)

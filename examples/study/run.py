@@ -13,7 +13,7 @@ import multiprocessing
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from digits_common import parse
 from study.cells import CELLS, SEEDS
 from study.datasets import DATA, Data
-from study.distil import Run, Trained, train
+from study.distil import PAIRS, Run, Trained, make_pairs, train
 from study.evaluation import SAMPLES, Evaluator
 from study.records import Records, Task, commit_of
 from study.report import write_report
@@ -121,7 +121,7 @@ def perform(task: Task) -> dict[str, Any]:
 
 
 def train_cell(task: Task, data: Data, evaluator: Evaluator) -> Trained:
-    """Trains one cell, with a point of the curves at every twentieth of the budget."""
+    """Trains one cell; those of the figures with twenty points of their curves."""
 
     def measure(run: Run) -> dict[str, float]:
         images = evaluator.draw(run.draw, CURVE_SAMPLES, CURVE_SEED)
@@ -132,8 +132,9 @@ def train_cell(task: Task, data: Data, evaluator: Evaluator) -> Trained:
             "contrast": last.flatten(1).std(dim=1).mean().item(),
         }
 
-    every = max(task.budget // 20, 1)
-    return train(data, CELLS[task.cell], task.seed, task.budget, measure, every)
+    cell = CELLS[task.cell]
+    every = max(task.budget // 20, 1) if cell.has_curve else None
+    return train(data, cell, task.seed, task.budget, measure, every)
 
 
 def seconds_of(task: Task, records: Records) -> float:
@@ -145,12 +146,17 @@ def seconds_of(task: Task, records: Records) -> float:
     if task.cell in TEACHERS:
         return 5.0 * TEACHERS[task.cell].calls / 17
     cell = CELLS[task.cell]
-    run = Run(data, cell, seed=0)
+    preparation = 0.0
+    if cell.regression:
+        started = time.process_time()
+        make_pairs(data, PAIRS // 16)
+        preparation = 16 * (time.process_time() - started)
+    run = Run(data, replace(cell, regression=False), seed=0)
     started = time.process_time()
     for step in range(10):
         run.iterate(step)
     each = (time.process_time() - started) / 10
-    return each * task.budget * (cell.pretraining + cell.budgets) + run.preparation
+    return each * task.budget * (cell.pretraining + cell.budgets) + preparation
 
 
 def main(settings: Settings) -> None:
