@@ -353,7 +353,11 @@ def train(run: Distillation, evaluator: Evaluator) -> Record:
 
 def export(run: Distillation, folder: Path) -> None:
     """Writes the student as a diffusers UNet, with what sampling needs beside it."""
-    about = {"seed": run.settings.seed, "iterations": run.settings.iterations}
+    about = {
+        "seed": run.settings.seed,
+        "iterations": run.settings.iterations,
+        "null_class": CLASSES,
+    }
     save_denoiser(folder, run.student, times=run.simulator.times, about=about)
 
 

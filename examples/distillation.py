@@ -438,6 +438,8 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
             f"--iterations {settings.iterations}: the run has made {start} already."
         )
     first = run.rank == 0
+    if first and start < settings.iterations:
+        (out / "summary.json").unlink(missing_ok=True)  # of a shorter run before
     log = Log(out, start, watch.wandb, folder.identity) if first else None
     durations = Durations(run.device)
     steps = range(start, settings.iterations)

@@ -46,7 +46,8 @@ def open_model(settings: Settings, prompts: Sequence[str], each: int) -> Model:
     """Opens the student or teacher; `each` is images a prompt."""
     if settings.teacher == SHIPPED:
         with tempfile.TemporaryDirectory() as folder:
-            save_denoiser(folder, load_teacher())
+            about = {"null_class": CLASSES}
+            save_denoiser(folder, load_teacher(), about=about)
             return class_model(settings, folder)
     name, option = source_of(settings)
     if kind_of(name, option) == "text":
@@ -112,8 +113,6 @@ def class_model(settings: Settings, folder: str) -> Model:
     told.refuse(TEXT_OPTIONS, f"{name} draws from classes, not from prompts.")
     drawing = Drawing(told)
     classes = drawing.classes
-    if classes and "digits" in settings.protocol:
-        classes = CLASSES  # one more means none
 
     def label(index: int, seed: int) -> int:
         return label_of(replace(told, seed=seed), classes, index)

@@ -191,6 +191,12 @@ class Settings:
                 ("reference", "reference_count", *EXTRAS),
                 f"{', '.join(self.protocol) or 'a latency'} has no real images.",
             )
+        if self.reference is not None and not self.reference.exists():
+            # Said here, before networks are fetched.
+            raise SystemExit(
+                f"--reference: there is no {self.reference}; name a folder of images "
+                "or an .npz file of statistics."
+            )
         files = self.reference is not None and self.reference.suffix == ".npz"
         if files and len(distances) > 1:
             raise SystemExit(

@@ -56,6 +56,9 @@ def kind_of(source: str, option: str) -> Literal["classes", "text"]:
         )
     if (folder / SIDECAR).is_file():
         return "classes"
+    if (folder / "student").is_dir():  # of a run's folder
+        inside = folder / "student"
+        raise SystemExit(f"{option} {source}: it is no model; did you mean {inside}?")
     if folder.exists():
         raise SystemExit(
             f"{option} {source}: it has neither the model_index.json of a pipeline nor "

@@ -34,6 +34,8 @@ class Drawing:
         config = network.unet.config
         self.shape = (config["in_channels"], *[config["sample_size"]] * 2)
         self.classes: int = config["num_class_embeds"] or 0
+        if self.classes and sidecar.about.get("null_class") == self.classes - 1:
+            self.classes -= 1  # which means none of them
         self.sampler = choose_sampler(settings, sidecar)
         self.bf16 = settings.precision == "bf16"
 

@@ -1,6 +1,7 @@
 """The examples, small, through their own command line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import custom_loop
 import digits
 import digits_classifier
 import digits_teacher
+import numpy as np
 import pytest
+import sample
 import torch
 import tyro
 from digits_common import (
@@ -29,6 +32,10 @@ SMALL += ["--evaluate-every", "3", "--critic-steps", "2"]
 
 def settings(out: Path, *options: str) -> digits.Settings:
     return tyro.cli(digits.Settings, args=[*SMALL, "--out", str(out), *options])
+
+
+def sample_main(*options: str) -> None:
+    sample.main(tyro.cli(sample.Settings, args=list(options)))
 
 
 def student_weights(out: Path) -> dict[str, Tensor]:
@@ -100,6 +107,27 @@ def test_an_exported_student_can_be_drawn_from(
 ) -> None:
     digits.main(settings(tmp_path, "--sample", str(run_folder / "student")))
     assert (tmp_path / "drawn.png").stat().st_size > 1_000
+
+
+def test_the_student_in_a_runs_folder_is_named(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    inside = re.escape(str(run_folder / "student"))
+    with pytest.raises(SystemExit, match=f"did you mean {inside}"):
+        digits.main(settings(tmp_path, "--sample", str(run_folder)))
+    with pytest.raises(SystemExit, match=f"did you mean {inside}"):
+        sample_main(str(run_folder), "--grid", str(tmp_path / "grid.png"))
+
+
+def test_no_student_is_asked_for_the_null_class(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    student = str(run_folder / "student")
+    sample_main(student, "--out", str(tmp_path / "drawn.npz"), "--count", "12")
+    with np.load(tmp_path / "drawn.npz") as drawn:
+        assert drawn["labels"].tolist() == [*range(10), 0, 1]
+    with pytest.raises(SystemExit, match="--classes 10: the model has 10 classes"):
+        sample_main(student, "--grid", str(tmp_path / "g.png"), "--classes", "10")
 
 
 def test_multi_step_without_gan_and_with_accumulation(tmp_path: Path) -> None:

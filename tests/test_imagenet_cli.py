@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import convert_edm
+import evaluate_watch
 import imagenet_edm
 import imagenet_pairs
 import numpy as np
@@ -302,7 +303,9 @@ def test_the_best_is_still_the_best_after_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_stays_as_it_is_or_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, out = save_digits_teacher(tmp_path / "teacher"), tmp_path / "run"
     given: list[str | Path] = ["--preset", "long-phase1", "--teacher", folder]
@@ -322,7 +325,17 @@ def test_a_finished_run_stays_as_it_is_or_goes_on(
     with pytest.raises(SystemExit, match="--iterations 5: the run has made 6"):
         train(*given, "--iterations", "5", "--resume")
     assert read_sidecar(out / "student").about["iterations"] == 6
+    over: list[bool] = []
+    iterate = imagenet_edm.ImageNetDistillation.iterate
+
+    def watched(self: imagenet_edm.ImageNetDistillation, step: int) -> object:
+        over.append(evaluate_watch.Run(out).over())
+        return iterate(self, step)
+
+    assert evaluate_watch.Run(out).over()
+    monkeypatch.setattr(imagenet_edm.ImageNetDistillation, "iterate", watched)
     train(*given, "--iterations", "7", "--resume")
+    assert over == [False], "the summary of before is no end of a run that goes on"
     assert read_sidecar(out / "student").about["iterations"] == 7
 
 

@@ -30,6 +30,7 @@ def torchrun(*command: str | Path, ranks: int = 2) -> subprocess.CompletedProces
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         },
         timeout=600,

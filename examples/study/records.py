@@ -39,11 +39,10 @@ class Records:
     """Reads and extends the files of a folder.
 
     Args:
-        folder: Where they are; made if missing.
+        folder: Where they are; made with the first result if missing.
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.results = read(folder / "results.csv")
 
@@ -66,6 +65,7 @@ class Records:
 
     def add(self, task: Task, outcome: dict[str, Any], commit: str) -> None:
         """Writes what `perform` gave; the line in results.csv comes last."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         key = {"data": task.data, "cell": task.cell, "seed": task.seed}
         measured = {name: f"{x:.5g}" for name, x in outcome["measured"].items()}
         points = [
