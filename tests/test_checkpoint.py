@@ -26,6 +26,7 @@ from dmdkit import (
     save_checkpoint,
 )
 from dmdkit.training import background
+from dmdkit.training.checkpoint_state import require_states
 from dmdkit.training.ranks import GlobalRandomState
 
 
@@ -333,6 +334,10 @@ def test_bad_arguments_are_named(tmp_path: Path) -> None:
             modules={"critic": parts["modules"]["critic"]},
             optimizers={"student": parts["optimizers"]["student"]},
         )
+    with pytest.raises(TypeError, match=r"noise is a torch.Generator; wrap it, dmdkit"):
+        require_states({"noise": torch.Generator()})
+    with pytest.raises(TypeError, match="states: step is a int, expected something"):
+        require_states({"step": 3})
     assert checkpoints(tmp_path) == []
 
 

@@ -18,6 +18,7 @@ from dmdkit import (
     NoiseProcess,
     RectifiedFlow,
     ScoreEstimator,
+    VarianceExploding,
     VelocityPrediction,
     concatenate_conditions,
     guidance_scale_from_offset,
@@ -212,8 +213,11 @@ def test_a_guided_denoiser_is_a_denoiser_of_the_same_process() -> None:
     ],
     ids=["missing key", "nested", "list for tuple", "tuple", "dataclass"],
 )
-def test_a_different_structure_is_one_readable_line(cond: Any, null: Any) -> None:
-    guided = ClassifierFreeGuidance(denoiser(), lambda given: null, 2.0, merged=True)
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_different_structure_is_one_readable_line(
+    cond: Any, null: Any, merged: bool
+) -> None:
+    guided = ClassifierFreeGuidance(denoiser(), lambda given: null, 2.0, merged=merged)
     with pytest.raises(ValueError, match=r"^cond: its structure is .*") as caught:
         guided(torch.ones(2, 3), torch.ones(2), cond)
     message = str(caught.value)
@@ -249,6 +253,23 @@ def test_leaves_that_cannot_be_joined_are_named(
     with pytest.raises(error, match=f"^{message}") as caught:
         guided(torch.ones(2, 3), torch.ones(2), cond)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_is_no_unconditional_class_but_none_may_be_the_networks_own() -> None:
+    asked: list[Any] = []
+
+    def plain(x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+        asked.append(cond)
+        return x_t
+
+    plain.process = VarianceExploding()  # pyright: ignore[reportFunctionMemberAccess]
+    given: Any = plain
+    x_t, t, cond = torch.ones(2, 3), torch.ones(2), torch.tensor([1, 2])
+    with pytest.raises(TypeError, match=r"unconditional: it answered with int 10"):
+        ClassifierFreeGuidance(given, lambda c: 10, 2.0)(x_t, t, cond)
+    assert asked == []
+    ClassifierFreeGuidance(given, lambda c: None, 2.0)(x_t, t, cond)
+    assert asked == [None, cond]
 
 
 def test_concatenation_keeps_order_and_type() -> None:

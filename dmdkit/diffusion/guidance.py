@@ -6,11 +6,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dmdkit._checked import checked, describe
 from dmdkit.diffusion.processes import NoiseProcess
 from dmdkit.types import Condition, Denoiser, Latent, Time
+
+
+def _paired_leaves(null: Condition, cond: Condition) -> tuple[list[Any], TreeSpec]:
+    """The leaves of two conditions of one structure in pairs, and the structure."""
+    leaves, structure = tree_flatten(null)
+    others, other_structure = tree_flatten(cond)
+    if structure != other_structure:
+        one, two = (" ".join(str(s).split()) for s in (structure, other_structure))
+        raise ValueError(
+            f"cond: its structure is {two}, that of its unconditional counterpart "
+            f"{one}; `unconditional` must answer with the structure it was given."
+        )
+    return list(zip(leaves, others, strict=True)), structure
+
+
+def _require_counterpart(null: Condition, cond: Condition) -> None:
+    """Refuses what cannot stand for a condition; None may, as the network's own."""
+    if null is None:
+        return
+    for a, b in _paired_leaves(null, cond)[0]:
+        if isinstance(b, Tensor) and not (a is None or isinstance(a, Tensor)):
+            raise TypeError(
+                f"unconditional: it answered with {describe(a)} where cond has "
+                f"{describe(b)}; expected a batch-first tensor, or None."
+            )
 
 
 def concatenate_conditions(first: Condition, second: Condition) -> Condition:
@@ -28,14 +53,7 @@ def concatenate_conditions(first: Condition, second: Condition) -> Condition:
             differ.
         TypeError: If a leaf is no tensor.
     """
-    leaves, structure = tree_flatten(first)
-    others, other_structure = tree_flatten(second)
-    if structure != other_structure:
-        one, two = (" ".join(str(s).split()) for s in (structure, other_structure))
-        raise ValueError(
-            f"cond: its structure is {two}, that of its unconditional counterpart "
-            f"{one}; `unconditional` must answer with the structure it was given."
-        )
+    pairs, structure = _paired_leaves(first, second)
 
     def join(a: Any, b: Any) -> Any:
         if a is None and b is None:
@@ -52,7 +70,7 @@ def concatenate_conditions(first: Condition, second: Condition) -> Condition:
             )
         return torch.cat((a, b))
 
-    joined = [join(a, b) for a, b in zip(leaves, others, strict=True)]
+    joined = [join(a, b) for a, b in pairs]
     return tree_unflatten(joined, structure)
 
 
@@ -112,8 +130,9 @@ class ClassifierFreeGuidance:
 
         Raises:
             ValueError: If a shape is wrong, or the condition and its unconditional
-                counterpart differ in structure.
-            TypeError: If a dtype is wrong.
+                counterpart, unless that is None, differ in structure.
+            TypeError: If a dtype is wrong, or a leaf of the counterpart is no tensor
+                where the condition has one.
         """
         if self.scale == 1:
             return self.denoiser(x_t, t, cond)
@@ -126,6 +145,7 @@ class ClassifierFreeGuidance:
             )
             u, c = both.chunk(2)
         else:
+            _require_counterpart(null, cond)
             u, c = self.denoiser(x_t, t, null), self.denoiser(x_t, t, cond)
         return u + self.scale * (c - u)
 

@@ -48,8 +48,9 @@ def balanced_gan_weight(
 ) -> Scalar:
     """The GAN weight at which both terms pull equally at the generated sample.
 
-    A starting point for a search, to be measured over some batches after the critic has
-    settled: at the very first step critic and teacher agree.
+    The upper end of a search, to be measured over some batches after the critic has
+    settled: at the very first step critic and teacher agree. It rises when the
+    discriminator's gradient is small; do not follow it upwards.
 
     Args:
         x: Generated samples from which both losses were computed, [b, ...].

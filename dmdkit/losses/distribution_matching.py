@@ -101,7 +101,8 @@ class DistributionMatchingOutput(NamedTuple):
         finite: Which samples and their gradients are finite, bool [b].
         metrics: Scalars by name: `gradient_norm` (norm of the loss's gradient at x),
             `normalizer` (mean divisor), `gap` (mean |real - fake|: how far the critic
-            is from the teacher; a falling gap is the one sign of progress here),
+            is from the teacher; it rises while the critic leaves the teacher, then
+            falls slowly; no proof of good samples),
             `nonfinite` (number of samples), and `student_mean`, `student_std`,
             `real_mean`, `real_std`, `fake_mean`, `fake_std` of x and the estimates.
     """

@@ -70,6 +70,7 @@ class BackgroundCheckpoints:
 
         Raises:
             ValueError: If a name is unknown, or a number out of range.
+            TypeError: If one of `states` has no state, as a bare `torch.Generator`.
             OSError: If the checkpoint before could not be written.
         """
         check_numbers(step, keep)

@@ -60,6 +60,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: If a name is unknown, or a number out of range.
+        TypeError: If one of `states` has no state, as a bare `torch.Generator`.
         OSError: If the files cannot be written, on any rank; older checkpoints and
             what is trained stay as they are.
     """

@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import (
@@ -68,6 +69,28 @@ def leave_out_unsaved(optimizer: dict[str, Any], prefix: str, keys: set[str]) ->
     }
 
 
+def require_states(states: Mapping[str, Any]) -> None:
+    """Refuses what has no state to be saved.
+
+    Args:
+        states: What was given, by name.
+
+    Raises:
+        TypeError: If one has none; a bare `torch.Generator` is to be wrapped.
+    """
+    for name, value in states.items():
+        if isinstance(value, torch.Generator):
+            raise TypeError(
+                f"states: {name} is a torch.Generator; wrap it, "
+                "dmdkit.GeneratorState(generator)."
+            )
+        if not isinstance(value, Stateful):
+            raise TypeError(
+                f"states: {name} is a {type(value).__name__}, expected something with "
+                "state_dict and load_state_dict."
+            )
+
+
 def gather_state(
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer],
@@ -87,6 +110,7 @@ def gather_state(
 
     Raises:
         ValueError: If an optimizer's name is no module's.
+        TypeError: If one of `states` has no state.
     """
     from torch.distributed.checkpoint import state_dict as dcp_state
 
@@ -96,6 +120,7 @@ def gather_state(
             f"optimizers: {', '.join(sorted(unknown))} is no module; name an optimizer "
             f"like its module ({', '.join(modules)})."
         )
+    require_states(states)
     state: dict[str, Any] = {"random": split_state(GlobalRandomState().state_dict())}
     for name, module in modules.items():
         state[f"module.{name}"] = dcp_state.get_model_state_dict(module)
@@ -125,6 +150,7 @@ def state_to_save(
 
     Raises:
         ValueError: If an optimizer's name is no module's.
+        TypeError: If one of `states` has no state.
     """
     started = {name: bool(optimizer.state) for name, optimizer in optimizers.items()}
     state = gather_state(modules, optimizers, states)

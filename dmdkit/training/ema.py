@@ -141,5 +141,8 @@ class ExponentialMovingAverage:
         parameters = dict(module.named_parameters())
         missing = [name for name in average if name not in parameters]
         if missing:
-            raise ValueError(f"module: it has no parameter {missing[0]!r}.")
+            raise ValueError(
+                f"module: it has no parameter {missing[0]!r}; give the module that the "
+                "averages were made of."
+            )
         return [parameters[name] for name in average]
