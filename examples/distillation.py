@@ -437,6 +437,7 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         raise SystemExit(
             f"--iterations {settings.iterations}: the run has made {start} already."
         )
+    patient = parallel.patient_group() if watch.evaluate else None
     first = run.rank == 0
     if first and start < settings.iterations:
         (out / "summary.json").unlink(missing_ok=True)  # of a shorter run before
@@ -471,15 +472,18 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
         if watch.evaluate and (last or number % watch.evaluate_every == 0):
             path, student = folder.saved(), out / "evaluated"
             run.export(student, done)
-            on_first(lambda: evaluate(path, student, done))
+            wrong = on_first(lambda: evaluate(path, student, done), patient)
+            if wrong and not last:  # else a long run would end without its best
+                raise SystemExit(f"{wrong} The run is saved; --resume goes on.")
 
-    def evaluate(path: Path, student: Path, done: int) -> None:
+    def evaluate(path: Path, student: Path, done: int) -> str | None:
         assert log is not None
         assert watch.evaluate is not None
         found = run_evaluation(watch.evaluate, student, done)
         log.scalars(done, {f"evaluation/{k}": v for k, v in found.items()})
         if best.improved(found):
             folder.keep_best(path, {"step": done, **found})
+        return best.unknown_to(found)
 
     for step in bar:
         turn = run.ttur.generator_turn(step)

@@ -55,6 +55,13 @@ def processes(device: str) -> Iterator[Ranks]:
         distributed.destroy_process_group()
 
 
+def patient_group() -> Any:
+    """A process group through which others wait for what may take rank 0 hours."""
+    if not distributed.is_initialized():
+        return None
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
 def mesh_of(strategy: Strategy, device: torch.device) -> Any:
     """The processes as FSDP2 sees them: a row, or a row of each machine."""
     from torch.distributed.device_mesh import init_device_mesh

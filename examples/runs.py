@@ -483,14 +483,14 @@ class Best:
         if file is not None and file.is_file():
             self.value = float(json.loads(file.read_text()).get(name, math.inf))
 
+    def unknown_to(self, found: dict[str, float]) -> str | None:
+        """What is wrong if an evaluation gave numbers, but not this one."""
+        if not found or self.name in found:
+            return None
+        return f"--best {self.name}: the evaluation gave {', '.join(found)}; name one."
+
     def improved(self, found: dict[str, float]) -> bool:
         """Takes a new evaluation; whether it is the best."""
-        if found and self.name not in found:
-            print(
-                f"The evaluation gave {', '.join(found)}, but no {self.name!r}: no "
-                "best checkpoint is kept (see --best).",
-                flush=True,
-            )
         better = found.get(self.name, math.inf) < self.value
         if better:
             self.value = found[self.name]

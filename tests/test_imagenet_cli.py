@@ -302,6 +302,25 @@ def test_the_best_is_still_the_best_after_a_resume(tmp_path: Path) -> None:
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 10
 
 
+def test_an_evaluation_without_the_number_of_best_stops_the_run_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = save_digits_teacher(tmp_path / "teacher"), tmp_path / "run"
+    script = tmp_path / "score.py"
+    script.write_text("print('{\"score\": 2.0}')")
+    given: list[str | Path] = ["--preset", "long-phase1", "--teacher", folder]
+    given += ["--batch-size", "2", "--out", out, "--iterations", "15"]
+    given += ["--evaluate", f"{sys.executable} {script} {{student}}"]
+    with pytest.raises(SystemExit, match="--best fid: the evaluation gave score; name"):
+        train(*given)
+    assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-00000005"]
+    train(*given, "--best", "score", "--resume")
+    assert json.loads((out / "best" / "best.json").read_text())["step"] == 10
+    capsys.readouterr()
+    train(*given, "--iterations", "16", "--resume")  # only its end is evaluated
+    assert "there is no" not in capsys.readouterr().out
+
+
 def test_a_finished_run_stays_as_it_is_or_goes_on(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
