@@ -383,6 +383,11 @@ def test_what_is_no_part_of_such_a_file_is_refused(
     assert message in refused(tmp_path, b"\x80\x04" + body + b".")
 
 
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html>", b"\xae" * 9, b"."])
+def test_another_kind_of_file_is_told_apart(tmp_path: Path, content: bytes) -> None:
+    assert "it is no pickle; look whether" in refused(tmp_path, content)
+
+
 def repeat(first: bytes, again: bytes, times: int) -> bytes:
     return b"\x80\x04" + first + again * times + b"."
 

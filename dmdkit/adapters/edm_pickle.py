@@ -117,6 +117,8 @@ def read_edm_pickle(path: str | Path) -> EDMCheckpoint:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
+            if content[:1] != b"\x80":
+                raise ValueError("it is no pickle; look whether the download is whole")
             data = PickleReader(content, _constructors(size)).read()
         return _checkpoint(data, size)
     except _DAMAGE as error:
