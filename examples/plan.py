@@ -6,7 +6,7 @@
 The first word is the recipe (imagenet_edm, sd15, sdxl), options are its own and those
 below. The recipe's own networks, losses, backwards and updates run on tensors without
 data, as the first of so many processes, and what they allocate, compute and send is
-counted; nothing is downloaded, and no GPU is needed. A minute or two.
+counted; nothing is downloaded, and no GPU is needed. Some minutes.
 
 Counted are tensors. The text encoders and the VAE of a pipeline have a line of their
 own, and what allocators, CUDA and NCCL take comes on top: leave a tenth of a GPU free.
@@ -191,6 +191,7 @@ def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
         "ranks": given.ranks,
         "strategy": settings.run.strategy if given.ranks > 1 else "one process",
         "batch_size": settings.batch_size,
+        "preset_batch_size": recipe.PRESETS[settings.preset].batch_size,
         "micro_batch_size": run.size,
         "micro_batches": parts,
         "parameters": counted,
@@ -331,6 +332,12 @@ def show(plan: dict[str, Any], given: Settings) -> None:
         f"Time at {given.tflops:g} TFLOP/s and {given.bandwidth:g} GB/s a device, "
         f"computing and sending one after the other; cost at {given.price:g} an hour."
     )
+    own, usual = plan["batch_size"], plan["preset_batch_size"]
+    if own != usual:
+        print(
+            f"Batch {own}, where {plan['preset']} has {usual}: the whole run, its time "
+            f"and cost are of {own / usual:.3g} times as many samples as the recipe's."
+        )
 
 
 def _where(plan: dict[str, Any]) -> str:

@@ -307,8 +307,8 @@ def main(settings: Settings) -> None:
         for path in (finished_file(dest, rank), dest / INDEX):
             path.unlink(missing_ok=True)
         raise SystemExit(
-            f"{dest}: no image was left, so nothing was written; see --min-size, "
-            "--min-aesthetic."
+            f"{dest}: no image was left, so nothing was written; see --min-size "
+            f"({settings.min_size}, whatever --resolution is) and --min-aesthetic."
         )
     print(f"{dest} holds {preparation.writer.position} latents of rank {rank}.")
     if files := shard_files(dest, rank):

@@ -270,6 +270,11 @@ def checkpoint_parts(
     }
 
 
+FREE = ("micro_batch_size",)
+"""Settings with which a run may go on otherwise than it was started: they change its
+numbers by rounding and by other noise, not what is trained."""
+
+
 class RunFolder:
     """The folder of a run: what it was started with, and its checkpoints."""
 
@@ -296,18 +301,23 @@ class RunFolder:
             raise SystemExit(f"--resume: there is no checkpoint in {self.checkpoints}.")
         if not file.is_file():
             raise SystemExit(f"--resume: {file}, the settings of the run, is missing.")
-        started = json.loads(file.read_text())
-        changed = [
-            f"{name} = {started.get(name)}, now it is {value}"
-            for name, value in self.identity.items()
-            if started.get(name) != value
-        ]
+        differing = self._differing()
+        changed = [text for name, text in differing.items() if name not in FREE]
         if changed:
             raise SystemExit(
                 f"--resume: the run in {self.out} was started with "
                 f"{'; with '.join(changed)}; use the same."
             )
         return True
+
+    def _differing(self) -> dict[str, str]:
+        """The settings that are not those the run was started with, in words."""
+        started = json.loads((self.out / "settings.json").read_text())
+        return {
+            name: f"{name} = {started.get(name)}, now it is {value}"
+            for name, value in self.identity.items()
+            if started.get(name) != value
+        }
 
     def start(self, resume: bool, parts: Mapping[str, Any]) -> int:
         """Begins a run or takes up the newest checkpoint; gives the step to go on."""
@@ -321,6 +331,8 @@ class RunFolder:
         assert resumed is not None
         if rank_and_ranks()[0] == 0:
             print(f"Resumed from {resumed.path}.")
+            for text in self._differing().values():  # what `resumes` lets pass
+                print(f"The run was started with {text}: it goes on with other noise.")
         return resumed.step
 
     def _begin(self) -> None:

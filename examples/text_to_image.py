@@ -445,8 +445,11 @@ def open_tiny_vae(settings: TextSettings) -> nn.Module:
             name, local_files_only=settings.local_files_only or Path(name).is_dir()
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise refusal("tiny_vae", name, f"it cannot be read: {reason}") from error
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        remedy = "" if Path(name).is_dir() else "; without a network, name a folder"
+        raise refusal(
+            "tiny_vae", name, f"it cannot be read: {reason}{remedy}"
+        ) from error
     return vae.float()
 
 

@@ -180,6 +180,10 @@ def test_the_command(
     shown = capsys.readouterr().out
     assert "peak memory of a process" in shown
     assert "whole run" in shown
+    assert "Batch 1, where four-step-lora has 128: the whole run, its time and" in shown
+    assert "are of 0.00781 times as many samples as the recipe's." in shown
+    plan.show({**found, "batch_size": 128}, given)
+    assert "times as many samples" not in capsys.readouterr().out
 
 
 def test_sd15_is_planned_as_well(tmp_path: Path) -> None:

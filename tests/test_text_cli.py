@@ -32,6 +32,8 @@ from torch import Tensor
 
 from dmdkit import BackwardSimulator, checkpoints
 from dmdkit.adapters.folders import read_sidecar
+from dmdkit.adapters.lora_files import save_lora
+from dmdkit.adapters.model_cards import lora_card
 from dmdkit.adapters.pipelines import encode_prompts
 from dmdkit.data import ShardedTensors
 
@@ -347,6 +349,64 @@ def test_shared_adapters_are_resumed_and_exported(
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_may_go_on_in_smaller_parts(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after an error for lack of memory; other settings are still refused."""
+    options = [*data(folders), "--preset", "four-step-lora", "--lora-rank", "2"]
+    options += ["--out", tmp_path / "run"]
+    train(sdxl, *options, "--iterations", "5")
+    resumed = [*options, "--resume", "--iterations", "7", "--micro-batch-size", "1"]
+    with pytest.raises(SystemExit, match="started with seed = 10, now it is 11; use"):
+        train(sdxl, *resumed, "--seed", "11")
+    capsys.readouterr()
+    train(sdxl, *resumed)
+    note = "The run was started with micro_batch_size = 2, now it is 1: it goes on with"
+    assert note in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["iterations"], summary["micro_batches"]) == (7, 2)
+
+
+def test_one_step_with_adapters_starts_from_its_pretraining(
+    folders: dict[str, Path], vgg: Path, tmp_path: Path
+) -> None:
+    made, out = tmp_path / "pairs", tmp_path / "pretrained"
+    common: list[str | Path] = [folders["SDXL"], made, "--prompts", folders["P"]]
+    pairs(*common, "--steps", "2", "--count", "4")
+    lora: list[str | Path] = ["--lora", "both", "--lora-rank", "2"]
+    options: list[str | Path] = ["--preset", "one-step-pretrain", "--pairs", made]
+    options += ["--pretrained", folders["SDXL"], "--tiny-vae", folders["TINY"]]
+    options += ["--lpips-weights", vgg, "--iterations", "2", "--out", out]
+    train(sdxl, *options, *lora, "--learning-rate", "1e-2")
+    adapter = load_file(out / "student" / "pytorch_lora_weights.safetensors")
+    assert any(v.any() for k, v in adapter.items() if "lora_B" in k)
+
+    options = [*data(folders), "--preset", "one-step", *lora]
+    options += ["--out", tmp_path / "one", "--start-from"]
+    checkpoint = checkpoints(out / "checkpoints")[-1]
+    for start in (checkpoint, out / "student" / "pytorch_lora_weights.safetensors"):
+        chosen = settings(sdxl, *options, start)
+        network: Any = TextDistillation(chosen, {}).networks.student.network
+        save_lora(network, tmp_path / "started")
+        file = tmp_path / "started" / "pytorch_lora_weights.safetensors"
+        started = load_file(file)
+        assert started.keys() == adapter.keys()
+        assert all(torch.equal(v, adapter[k]) for k, v in started.items())
+    with pytest.raises(SystemExit, match="--start-from: ") as error:
+        train(sdxl, *data(folders), "--start-from", checkpoint, "--out", tmp_path / "x")
+    lines(error)
+
+
+@pytest.mark.parametrize("page", ["lora", "export"])
+def test_the_pages_draw_with_an_adapter_as_its_model_card_says(page: str) -> None:
+    told = {"teacher": "my-sdxl", "licence": "x", "resolution": 1024}
+    card = lora_card((999, 749, 499, 249), True, told)
+    code = card.split("```python\n")[1].split("```")[0]
+    code = code.replace("this/folder", "runs/four-step-lora/student")
+    text = (EXAMPLES.parent / "docs" / "how-to" / f"{page}.md").read_text()
+    assert code in text
+
+
 @pytest.mark.parametrize("preset", ["four-step-lora", "one-step", "table4-no-gan"])
 def test_random_weights_need_no_data(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -462,6 +522,24 @@ def test_without_torchvision_s_weights_a_file_is_asked_for(
     with pytest.raises(SystemExit, match="name a file of it") as error:
         train(sdxl, *options, "--out", tmp_path / "run")
     lines(error)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks`:UserWarning")
+def test_a_tiny_vae_that_cannot_be_read_is_named(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "pairs"
+    common: list[str | Path] = [folders["SDXL"], made, "--prompts", folders["P"]]
+    pairs(*common, "--steps", "2", "--count", "2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    options: list[str | Path] = ["--preset", "one-step-pretrain", "--pairs", made]
+    options += ["--pretrained", folders["SDXL"], "--local-files-only"]
+    for name, end in ((str(made), ""), ("no/such", "; without a network, name a fo")):
+        with pytest.raises(SystemExit, match=f"--tiny-vae: {name}; it ") as error:
+            train(sdxl, *options, "--tiny-vae", name, "--out", tmp_path / "run")
+        text = lines(error)
+        assert ".." not in text
+        assert end in text
 
 
 def test_a_checkpoint_that_is_meant_is_named(
