@@ -124,7 +124,9 @@ class EmptyPrompt:
                     f"{other}; make the EmptyPrompt from the same encoders' outputs."
                 )
             if theirs is not None:
-                parts[name] = ours.to(theirs).expand(len(theirs), *ours.shape[1:])
+                every = ours.to(theirs).expand(len(theirs), *ours.shape[1:])
+                # In memory as a condition is, so that one compiled graph takes both.
+                parts[name] = every.contiguous()
         return cond._replace(**parts)
 
 
