@@ -231,6 +231,13 @@ def test_presets_that_are_named_exist(name: str) -> None:
     assert sorted(asked - presets) == []
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_includes_are_as_the_site_reads_them(name: str) -> None:
+    lines = PAGES[name].read_text().splitlines()
+    told = [line.strip() for line in lines if re.match(r"\s*-+ ?8 ?<", line)]
+    assert [x for x in told if not re.fullmatch(r'--8<-- "[\w./:-]+"', x)] == []
+
+
 def test_links_of_the_readme_lead_to_files() -> None:
     text = prose((ROOT / "README.md").read_text())
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", text)
