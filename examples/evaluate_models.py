@@ -113,6 +113,8 @@ def class_model(settings: Settings, folder: str) -> Model:
     told.refuse(TEXT_OPTIONS, f"{name} draws from classes, not from prompts.")
     drawing = Drawing(told)
     classes = drawing.classes
+    if classes and "digits" in settings.protocol:
+        classes = CLASSES  # one more means none, and not every folder says so
 
     def label(index: int, seed: int) -> int:
         return label_of(replace(told, seed=seed), classes, index)

@@ -143,6 +143,12 @@ class Settings:
         self._check_protocols()
         if self.json is not None and self.json.is_dir():
             raise SystemExit(f"--json: {self.json} is a folder; name a file.")
+        if self.reference is not None and not self.reference.exists():
+            # Said here, before networks are fetched.
+            raise SystemExit(
+                f"--reference: there is no {self.reference}; name a folder of images "
+                "or an .npz file of statistics."
+            )
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -190,12 +196,6 @@ class Settings:
             self.refuse(
                 ("reference", "reference_count", *EXTRAS),
                 f"{', '.join(self.protocol) or 'a latency'} has no real images.",
-            )
-        if self.reference is not None and not self.reference.exists():
-            # Said here, before networks are fetched.
-            raise SystemExit(
-                f"--reference: there is no {self.reference}; name a folder of images "
-                "or an .npz file of statistics."
             )
         files = self.reference is not None and self.reference.suffix == ".npz"
         if files and len(distances) > 1:

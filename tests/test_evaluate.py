@@ -411,7 +411,8 @@ def test_statistics_of_other_programs_and_of_other_features(
     refused("--reference: .* holds 7 features", *options, tmp_path / "wide.npz")
     more = [*options, tmp_path / "other.npz", "--reference-count", 7]
     refused("--reference: count: got 7, .* is of 20", *more)
-    refused("--reference: .*none.npz holds no statistics", *options, "none.npz")
+    np.savez(tmp_path / "none.npz", images=np.zeros(6))
+    refused("--reference: .*none.npz holds no statis", *options, tmp_path / "none.npz")
     refused("--reference: .* is no zip|--reference: ", *options, tmp_path / "none")
     few = save_photos(tmp_path / "few", 6)
     refused("--reference: 6 images, coco30k_256 has 6 features", *options, few)
@@ -471,7 +472,7 @@ SHORT = {
     "T": "--teacher digits",
     "S": "--student x",
     "X": "--teacher x",
-    "R": "--reference x",
+    "R": "--reference .",
 }
 SETTINGS_REFUSED = {
     "S": "--protocol: missing; give one of them, or --lat",
@@ -489,6 +490,7 @@ SETTINGS_REFUSED = {
     "--protocol clip_score --kid S": "--kid: clip_score has no real images",
     "C patch_fid_299 --reference x.npz S": "--reference: x.npz holds the stat",
     "C --reference x.npz --kid S": "--kid: x.npz holds statistics; give a folder",
+    "C --reference x S": "--reference: there is no x; name a folder",
     "C R --reference-count 3 S": "--reference-count: a folder is counted",
     "D S": "--student x: there is no such folder",
     "D --teacher x/y": "--prompt-file: missing; x/y draws from prompts",
