@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -26,6 +28,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, str]
+SAMPLE_ROWS = 2
+"""Rows of samples of a cell in the picture of all."""
 NAMES = {
     "teacher-ode-7": "Teacher, ODE, 7 calls",
     "teacher-ode-17": "Teacher, ODE, 17 calls",
@@ -43,9 +47,9 @@ NAMES = {
     "ratio-10": "10 critic updates",
     "asynchronous": "1 critic update, 5 x its learning rate",
     "four-step": "DMD2, four steps (all)",
-    "four-step-no-gan": "without GAN",
-    "four-step-no-dm": "without distribution matching",
-    "four-step-no-simulation": "without backward simulation",
+    "four-step-no-gan": "four steps, without GAN",
+    "four-step-no-dm": "four steps, without distribution matching",
+    "four-step-no-simulation": "four steps, without backward simulation",
     "steps-2": "2 steps",
     "steps-4": "4 steps",
     "steps-8": "8 steps",
@@ -301,21 +305,34 @@ def figure_diversity(results: Results, data: str, path: Path) -> None:
     _save(figure, path)
 
 
+def spaced(grid: Any) -> Any:
+    """The first rows of a grid of ten columns, with white between the images."""
+    side = grid.shape[1] // 10
+    gap = max(side // 8, 1)
+    page = np.ones((SAMPLE_ROWS * (side + gap), 10 * (side + gap)))
+    for row in range(SAMPLE_ROWS):
+        for column in range(10):
+            top, left = row * (side + gap), column * (side + gap)
+            image = grid[row * side :, column * side :][:side, :side]
+            page[top : top + side, left : left + side] = image
+    return page
+
+
 def figure_samples(folder: Path, data: str, path: Path) -> None:
     """Sample grids of the first seed, side by side."""
     shown = [
         cell for cell in NAMES if (folder / "samples" / f"{data}_{cell}.png").is_file()
     ]
-    columns = 4
+    columns = 3
     rows = -(-len(shown) // columns)
     figure, all_axes = plt.subplots(
-        rows, columns, figsize=(11, 2.1 * rows), squeeze=False
+        rows, columns, figsize=(11, 1.15 * rows), squeeze=False
     )
     for axes in all_axes.flat:
         axes.axis("off")
     for axes, cell in zip(all_axes.flat, shown, strict=False):
         grid = plt.imread(folder / "samples" / f"{data}_{cell}.png")
-        axes.imshow(grid, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(spaced(grid), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(NAMES[cell], fontsize=8)
     _save(figure, path)
 
