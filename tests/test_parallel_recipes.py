@@ -115,6 +115,22 @@ def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+def test_all_processes_wait_for_an_evaluation(folder: Path, tmp_path: Path) -> None:
+    script = tmp_path / "score.py"
+    script.write_text("import time; time.sleep(2); print('{\"score\": 1.5}')")
+    evaluate = [
+        "--best",
+        "score",
+        "--evaluate",
+        f"{sys.executable} {script} {{student}}",
+    ]
+    command = [EXAMPLES / "sdxl.py", *options(folder), *evaluate]
+    train(*command, "--iterations", "3", "--out", tmp_path / "run")
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert best == {"step": 2, "score": 1.5}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_strategy_and_number_of_processes(
     folder: Path, tmp_path: Path, first: str
