@@ -475,6 +475,8 @@ def train(run: Distillation, folder: RunFolder, stop: StopSignals) -> dict[str, 
             wrong = on_first(lambda: evaluate(path, student, done), patient)
             if wrong and not last:  # else a long run would end without its best
                 raise SystemExit(f"{wrong} The run is saved; --resume goes on.")
+            if wrong and first:
+                bar.write(wrong)
 
     def evaluate(path: Path, student: Path, done: int) -> str | None:
         assert log is not None

@@ -46,8 +46,7 @@ def open_model(settings: Settings, prompts: Sequence[str], each: int) -> Model:
     """Opens the student or teacher; `each` is images a prompt."""
     if settings.teacher == SHIPPED:
         with tempfile.TemporaryDirectory() as folder:
-            about = {"null_class": CLASSES}
-            save_denoiser(folder, load_teacher(), about=about)
+            save_denoiser(folder, load_teacher())
             return class_model(settings, folder)
     name, option = source_of(settings)
     if kind_of(name, option) == "text":
@@ -114,7 +113,7 @@ def class_model(settings: Settings, folder: str) -> Model:
     drawing = Drawing(told)
     classes = drawing.classes
     if classes and "digits" in settings.protocol:
-        classes = CLASSES  # one more means none, and not every folder says so
+        classes = CLASSES  # one more means none
 
     def label(index: int, seed: int) -> int:
         return label_of(replace(told, seed=seed), classes, index)

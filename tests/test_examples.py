@@ -114,8 +114,6 @@ def test_the_student_in_a_runs_folder_is_named(
 ) -> None:
     inside = re.escape(str(run_folder / "student"))
     with pytest.raises(SystemExit, match=f"did you mean {inside}"):
-        digits.main(settings(tmp_path, "--sample", str(run_folder)))
-    with pytest.raises(SystemExit, match=f"did you mean {inside}"):
         sample_main(str(run_folder), "--grid", str(tmp_path / "grid.png"))
 
 

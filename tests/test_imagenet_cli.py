@@ -318,7 +318,8 @@ def test_an_evaluation_without_the_number_of_best_stops_the_run_at_once(
     assert json.loads((out / "best" / "best.json").read_text())["step"] == 10
     capsys.readouterr()
     train(*given, "--iterations", "16", "--resume")  # only its end is evaluated
-    assert "there is no" not in capsys.readouterr().out
+    assert "--best fid: the evaluation gave score; name" in capsys.readouterr().out
+    assert (out / "summary.json").is_file()
 
 
 def test_a_finished_run_stays_as_it_is_or_goes_on(

@@ -114,6 +114,30 @@ def test_a_resumed_run_of_two_processes_is_the_uninterrupted_one(
     assert all(torch.equal(v, other[key]) for key, v in one.items())
 
 
+PATIENCE = """
+import sys, time
+from datetime import timedelta
+sys.path.insert(0, {examples!r})
+import parallel
+from dmdkit.training.ranks import on_first
+parallel.TIMEOUT = timedelta(seconds=5)
+with parallel.processes("cpu"):
+    group = parallel.patient_group() if sys.argv[1] == "patient" else None
+    on_first(lambda: time.sleep(12), group)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["patient", "default"])
+def test_what_takes_longer_than_the_timeout_is_waited_for(
+    tmp_path: Path, group: str
+) -> None:
+    script = tmp_path / "wait.py"
+    script.write_text(PATIENCE.format(examples=str(EXAMPLES)))
+    done = torchrun(script, group)
+    assert (done.returncode == 0) == (group == "patient"), done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_all_processes_wait_for_an_evaluation(folder: Path, tmp_path: Path) -> None:
     script = tmp_path / "score.py"

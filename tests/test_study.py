@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from study import critic_steps, distil, run
@@ -15,7 +16,15 @@ from study.distil import Run, Training, train
 from study.evaluation import Evaluator
 from study.families import LAST_FLOW_TIME, FamilyName, in_family, student_times
 from study.records import RESULTS, Records, Task, read
-from study.report import NAMES, TABLES, Results, cell_text, fill_page, table
+from study.report import (
+    NAMES,
+    TABLES,
+    Results,
+    cell_text,
+    fill_page,
+    spaced,
+    table,
+)
 from study.teachers import TEACHERS
 from torch import Tensor, nn
 
@@ -394,6 +403,16 @@ def test_every_row_of_the_results_has_its_measures_and_curve() -> None:
     }
     budgets = {r["budget"] for r in results.rows if r["cell"] in CELLS}
     assert len(budgets) <= 1, "every cell has the same budget"
+
+
+def test_a_picture_of_samples_has_white_between_them() -> None:
+    side, gap = 16, 2
+    grid = np.zeros((6 * side, 10 * side))
+    grid[side, 9 * side] = 0.5  # the corner of the last image of the second row
+    page = spaced(grid)
+    assert page.shape == (2 * (side + gap), 10 * (side + gap))
+    assert page[side + gap, 9 * (side + gap)] == 0.5
+    assert (page == 1).sum() == page.size - 2 * 10 * side**2
 
 
 # --- how many critic updates ---

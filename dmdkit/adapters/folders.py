@@ -168,13 +168,10 @@ def read_sidecar(folder: str | Path) -> Sidecar:
     """
     path = Path(folder) / SIDECAR
     if not path.is_file():
-        inside = Path(folder) / "student"  # of a run's folder
-        remedy = (
-            f"did you mean {inside}?"
-            if (inside / SIDECAR).is_file()
-            else "it is no folder that dmdkit wrote (see examples/convert_edm.py)."
+        raise ValueError(
+            f"folder: there is no {SIDECAR} in {folder}; it is no folder that "
+            "dmdkit wrote (see examples/convert_edm.py)."
         )
-        raise ValueError(f"folder: there is no {SIDECAR} in {folder}; {remedy}")
     try:
         content = json.loads(path.read_text())
         times = content["times"]
