@@ -492,6 +492,7 @@ def test_by_keys_stopped_and_saved(page: Page, tmp_path: Path) -> None:
     assert text(page, "#count") == "0 of 5"
     for name in ("ArrowLeft", "ArrowRight", "Enter", "ArrowRight"):
         page.key(name)
+    assert page.run("state.at") == 1
     page.key("Backspace")
     assert page.run("state.at") == 0
     page.click(buttons("quality", "right"))
@@ -515,6 +516,14 @@ def test_by_keys_stopped_and_saved(page: Page, tmp_path: Path) -> None:
     assert [q["unanswered"] for q in found.values()] == [3, 4]
     page.click("#return")
     assert page.run("state.at") == 1
+
+
+def test_a_hidden_button_has_no_focus(page: Page, tmp_path: Path) -> None:
+    begin(page, study(tmp_path), "ben", tmp_path)
+    for button in ("stop", "return", "stop"):
+        # In one script, and so before the browser's next frame.
+        press = f"$('{button}').focus(), $('{button}').click()"
+        assert page.run(f"{press}, document.activeElement === document.body"), button
 
 
 def test_studies_do_not_share_answers(page: Page, tmp_path: Path) -> None:
