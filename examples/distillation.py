@@ -415,7 +415,7 @@ class Distillation(ABC):
         """Everything that a run is."""
         own = {
             "generator": GeneratorState(self.generator),
-            "rung_generator": GeneratorState(self.rung_generator),
+            "rung_generator": GeneratorState(self.rung_generator, shared=True),
         }
         return checkpoint_parts(self.trained, {**own, **self.streams, **states})
 

@@ -92,8 +92,7 @@ def label_of(settings: Settings, classes: int, i: int) -> int:
     if settings.labels == "balanced":
         return i % classes
     # Not the generator of its noise, whose first numbers are the image's.
-    generator = torch.Generator().manual_seed(settings.seed + i + 2**32)
-    return int(torch.randint(classes, (), generator=generator))
+    return int(np.random.default_rng((settings.seed, i)).integers(classes))
 
 
 def save_grid(drawing: Drawing, settings: Settings, path: Path) -> None:

@@ -139,7 +139,7 @@ EXPECTED = {
     "dict for want": ("TypeError", r"network: asked for features it gave dict"),
     "index for a flow": (
         "ValueError",
-        r"times: DiscreteUniformTime.* no time of RectifiedFlow; time: got 999.0, exp",
+        r"times: DiscreteUniformTime.* draws whole indices; RectifiedFlow has cont",
     ),
 }
 

@@ -593,6 +593,7 @@ def test_a_checkpoint_is_kept_when_it_is_no_longer_among_the_newest(
     run = Run().train(0, 4)
     expected = run.everything()
     first = save_checkpoint(tmp_path, step=4, **run.parts)
+    (tmp_path / "kept").mkdir()
     best = keep_checkpoint(first, tmp_path / "best", {"fid": 2.0})
     save_checkpoint(tmp_path, step=6, keep=1, **run.train(4, 6).parts)
     assert not first.exists()
@@ -600,6 +601,9 @@ def test_a_checkpoint_is_kept_when_it_is_no_longer_among_the_newest(
     other = Run(seed=5)
     assert load_checkpoint(best, **other.parts) == 4
     assert_equal(other.everything(), expected)
+    twice = keep_checkpoint(best, tmp_path / "kept" / "best")
+    assert (best / "best.json").read_text() == '{\n  "fid": 2.0\n}\n'
+    assert (twice / "best.json").read_text() == "{}\n"
     keep_checkpoint(checkpoints(tmp_path)[-1], best)
     assert load_checkpoint(best, **other.parts) == 6
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000006"]

@@ -3,10 +3,12 @@
 The workers run in a process of their own without the import hook of the tests.
 """
 
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +25,17 @@ from dmdkit import (
     DiscreteUniformTime,
     DistributionMatchingLoss,
     EpsilonPrediction,
+    Monitor,
     NetworkWithHead,
     RegressionLoss,
     ScoreEstimator,
     TTURScheduler,
     few_step_times,
     frozen,
+    load_checkpoint,
+    save_checkpoint,
 )
+from dmdkit.training.ranks import gathered
 
 BATCH = 8
 TIMES = DiscreteUniformTime(20, 981)
@@ -242,6 +248,40 @@ def check_simulation(rank: int, part: slice) -> None:
     assert len(set(rungs)) > 1
 
 
+class WhoSaved:
+    """A state that is another on every rank, as a loader's own may be."""
+
+    def __init__(self, rank: int) -> None:
+        self.who, self.tensor = rank, torch.full((2,), float(rank))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"who": self.who, "tensor": self.tensor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.who, self.tensor = state["who"], state["tensor"]
+
+
+def check_states(rank: int, part: slice) -> None:
+    # Widths that make PyTorch's plan give rank 1 less to write than rank 0.
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 64))
+    monitor, who = Monitor(), WhoSaved(rank)
+    if rank == 0:
+        monitor.observe(0, torch.rand(2, 1, 4, 4))
+    history = gathered(monitor.history)[0]
+    parts: dict[str, Any] = {
+        "modules": {"net": net},
+        "states": {"monitor": monitor, "who": who},
+    }
+    folder = gathered(tempfile.mkdtemp())[0]
+    path = save_checkpoint(folder, step=1, **parts)
+    monitor.history.clear()
+    load_checkpoint(path, **parts)
+    assert len(history) == 1
+    assert monitor.history == history
+    assert who.who == 0
+    assert who.tensor.tolist() == [0, 0]
+
+
 def equal_on_all_ranks(tensor: Tensor) -> bool:
     copies = [torch.empty_like(tensor.detach()) for _ in range(dist.get_world_size())]
     dist.all_gather(copies, tensor.detach().contiguous())
@@ -249,6 +289,7 @@ def equal_on_all_ranks(tensor: Tensor) -> bool:
 
 
 CHECKS = {
+    "states": check_states,
     "simulation": check_simulation,
     "ddp": check_ddp,
     "fsdp": check_fsdp,
@@ -290,6 +331,10 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_two_processes_share_the_rung_and_not_the_noise(reports) -> None:
     assert reports["simulation"] == ""
+
+
+def test_states_are_those_of_rank_0(reports) -> None:
+    assert reports["states"] == ""
 
 
 def test_every_loss_works_with_ddp_as_in_one_process(reports) -> None:

@@ -74,11 +74,39 @@ def test_official_sizes_go_down_to_4x4_and_then_to_a_vector(
     assert sum(isinstance(m, nn.SiLU) for m in head.modules()) == len(norms)
 
 
+def groups_of(head: DiffusionGANHead) -> set[int]:
+    return {m.num_groups for m in head.modules() if isinstance(m, nn.GroupNorm)}
+
+
 def test_official_groups_are_32() -> None:
-    with torch.device("meta"):
-        head = DiffusionGANHead(64, 8)
-    groups = {m.num_groups for m in head.modules() if isinstance(m, nn.GroupNorm)}
-    assert groups == {32}
+    for channels in (768, 1280):
+        with torch.device("meta"):
+            assert groups_of(DiffusionGANHead(channels, 8)) == {32}
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(256, 32), (64, 8), (8, 1), (1, 1)])
+def test_small_heads_have_fewer_groups(channels: int, groups: int) -> None:
+    if channels == 1:
+        with pytest.raises(ValueError, match="at least two left"):
+            DiffusionGANHead(channels, 8)
+        return
+    assert groups_of(DiffusionGANHead(channels, 8)) == {groups}
+
+
+@pytest.mark.parametrize("channels", [8, 64, 256])
+def test_a_logit_follows_its_gradient(channels: int) -> None:
+    """As it does not where two numbers are normalised to plus and minus one."""
+    torch.manual_seed(0)
+    head, features = DiffusionGANHead(channels, 4), normal(64, channels, 4, 4)
+    features.requires_grad_()
+    logits = head(features)
+    (gradient,) = torch.autograd.grad(logits.sum(), features)
+    norms = gradient.flatten(1).norm(dim=1)
+    step = 0.1 * gradient / norms.reshape(-1, 1, 1, 1)
+    with torch.no_grad():
+        change = head(features + step) - logits
+    assert (change / (0.1 * norms)).mean() > 0.9
+    assert norms.max() < 8 * norms.median()
 
 
 @pytest.mark.parametrize(

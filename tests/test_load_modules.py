@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,17 @@ def test_weights_are_taken_and_nothing_else(checkpoint: Path) -> None:
     assert same(critic, network(1))
     torch.manual_seed(5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_compiled_module_is_its_module(checkpoint: Path, tmp_path: Path) -> None:
+    student = network(2)
+    compiled: Any = torch.compile(student)
+    load_modules(checkpoint, student=compiled)
+    assert same(student, network(0))
+    path = save_checkpoint(tmp_path / "2", step=1, modules={"student": compiled})
+    other = network(3)
+    load_modules(path, student=other)
+    assert same(other, student)
 
 
 def test_one_module_alone(checkpoint: Path) -> None:

@@ -374,6 +374,8 @@ def test_a_rung_out_of_range_never_counts_from_the_end() -> None:
     for rung in (-1, 4):
         with pytest.raises(ValueError, match=f"rung: got {rung}, expected 0 ... 3"):
             simulator(Recorder(VP), noise, rung=rung)
+        with pytest.raises(ValueError, match=f"rung: got {rung}, expected 0 ... 3"):
+            simulator(Recorder(VP), noise, rung=torch.tensor([2, rung]))
     with pytest.raises(ValueError, match=r"rung: got int64\[3\], expected"):
         simulator(Recorder(VP), noise, rung=torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"rung: got float32\[2\], expected"):

@@ -188,6 +188,21 @@ def test_steps_equal_trailing_timesteps_of_diffusers() -> None:
         assert list(few_step_times(n)) == scheduler.timesteps.tolist()
 
 
+@given(shift=st.floats(0.001, 1000))
+def test_no_shift_leads_beyond_one(shift: float) -> None:
+    assert few_step_flow_times(4, shift)[0] == 1
+    near = torch.cat((torch.linspace(0, 1, 1001), 1 - torch.logspace(-7, -1, 200)))
+    shifted = ShiftedTime(lambda *_, **__: near, shift)(1)
+    assert shifted[0] == 0
+    assert shifted.max() == 1
+    assert ShiftedTime(UniformTime(), shift).ends == (0, 1)
+
+
+def test_a_shift_moves_the_ends() -> None:
+    assert ShiftedTime(UniformTime(0.25, 0.5), 3).ends == pytest.approx((0.5, 0.75))
+    assert ShiftedTime(LogNormalTime(), 3).ends == ()
+
+
 def test_flow_steps_with_shift_five() -> None:
     times = [1000 * t for t in few_step_flow_times(4, shift=5)]
     assert times == pytest.approx([1000, 937.5, 833.3333, 625], abs=1e-3)
@@ -279,26 +294,40 @@ def test_the_ends_are_the_most_extreme_draws() -> None:
         assert high - 0.02 <= drawn.max() <= high
 
 
+VP = DiscreteVariancePreserving.scaled_linear()
+
+
 @pytest.mark.parametrize(
-    ("times", "process", "fits"),
+    ("times", "process", "message"),
     [
-        (UniformTime(0.02, 0.98), RectifiedFlow(), True),
-        (UniformTime(0.02, 0.98), DiscreteVariancePreserving.scaled_linear(), False),
-        (DiscreteUniformTime(0, 1000), DiscreteVariancePreserving((0.9, 0.5)), False),
-        (DiscreteUniformTime(0, 2), DiscreteVariancePreserving((0.9, 0.5)), True),
-        (DiscreteUniformTime(0, 1000), RectifiedFlow(), False),
-        (KarrasIndexTime(), RectifiedFlow(), False),
-        (KarrasIndexTime(), VarianceExploding(), True),
-        (LogNormalTime(), VarianceExploding(), True),
+        (UniformTime(0.02, 0.98), RectifiedFlow(), None),
+        (UniformTime(0.02, 0.98), VP, "continuous times; Discrete.* whole indices"),
+        (UniformTime(), VP, "continuous times; Discrete.* whole indices"),
+        (LogNormalTime(), VP, "continuous times; Discrete.* whole indices"),
+        (ShiftedTime(UniformTime(), 3), VP, "continuous times; Discrete.* whole"),
+        (
+            DiscreteUniformTime(0, 1000),
+            DiscreteVariancePreserving((0.9, 0.5)),
+            "draws what is no time of Discrete.*got 999",
+        ),
+        (DiscreteUniformTime(0, 2), DiscreteVariancePreserving((0.9, 0.5)), None),
+        (DiscreteUniformTime(0, 1000), RectifiedFlow(), "whole indices; Rect.* cont"),
+        (DiscreteUniformTime(20, 981), VarianceExploding(), "whole.*; Var.* cont"),
+        (KarrasIndexTime(), RectifiedFlow(), "draws what is no time of Rectified"),
+        (ShiftedTime(UniformTime(0, 2), 3), RectifiedFlow(), "draws what is no time"),
+        (KarrasIndexTime(), VarianceExploding(), None),
+        (LogNormalTime(), VarianceExploding(), None),
+        (lambda batch, **_: torch.full((batch,), 5.0), VP, None),
+        (lambda batch, **_: torch.full((batch,), 5.0), VarianceExploding(), None),
     ],
-    ids=lambda value: type(value).__name__,
 )
 def test_a_loss_refuses_times_of_another_process(
-    times: TimeSampler, process: NoiseProcess, fits: bool
+    times: TimeSampler, process: NoiseProcess, message: str | None
 ) -> None:
     denoiser = ScoreEstimator(Zero(), process, SamplePrediction())
-    if fits:
-        DenoisingLoss(times)(torch.ones(2, 3), denoiser=denoiser)
+    if message is None:
+        out = DenoisingLoss(times)(torch.ones(2, 3), denoiser=denoiser)
+        assert out.finite.all()
     else:
-        with pytest.raises(ValueError, match="draws what is no time of"):
+        with pytest.raises(ValueError, match=rf"times: .* {message}"):
             DenoisingLoss(times)(torch.ones(2, 3), denoiser=denoiser)

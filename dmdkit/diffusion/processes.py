@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +40,12 @@ class NoiseProcess(abc.ABC):
     A time outside the process's domain gives NaN coefficients, which the losses flag:
     tensors are never read back to the host to look at their values. A time known as a
     Python number is checked with `check_time`.
+
+    Attributes:
+        whole_times: Whether its times are whole indices.
     """
+
+    whole_times: ClassVar[bool] = False
 
     @abc.abstractmethod
     def alpha(self, t: Time) -> PerSample:
@@ -173,6 +179,7 @@ class DiscreteVariancePreserving(NoiseProcess):
         ValueError: If one lies outside [0, 1], or they do not fall.
     """
 
+    whole_times = True
     alphas_cumprod: tuple[float, ...]
 
     def __post_init__(self) -> None:

@@ -1,13 +1,17 @@
 """Distributions of the times that the losses draw.
 
 Each is a value called as `times(batch, device=..., generator=...)` and gives one fp32
-time a sample in the units of the process that it is meant for. Those with `ends` are
-held against the process by the losses: times in other units raise `ValueError`.
+time a sample in the units of the process that it is meant for. The losses hold its
+`ends`, and whether it gives `whole` indices, against the process, and raise
+`ValueError` where these do not fit; what cannot be seen so (a `LogNormalTime` for a
+flow) gives NaN, which the losses flag.
+
 Official DMD2 draws the time of every loss independently: index 20 ... 980 for
 distribution matching, 0 ... 999 for the critic and the GAN.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +21,7 @@ from dmdkit.types import Time, TimeSampler
 
 Device = torch.device | str | None
 Generator = torch.Generator | None
+Number = TypeVar("Number", float, torch.Tensor)
 
 
 def karras_sigmas(
@@ -74,6 +79,7 @@ class UniformTime:
         high: The upper end.
     """
 
+    whole = False
     low: float | int = 0.0
     high: float | int = 1.0
 
@@ -105,6 +111,7 @@ class DiscreteUniformTime:
         high: One more than the largest index, > `low`.
     """
 
+    whole = True
     low: int = 0
     high: int = 1000
 
@@ -143,6 +150,7 @@ class KarrasIndexTime:
         rho: The grid's exponent.
     """
 
+    whole = False
     low: int = 0
     high: int = 1000
     steps: int = 1000
@@ -187,6 +195,7 @@ class LogNormalTime:
         std: Its standard deviation, > 0.
     """
 
+    whole = False
     mean: float | int = -1.2
     std: float | int = 1.2
 
@@ -213,6 +222,7 @@ class LogitNormalTime:
         std: Its standard deviation, > 0.
     """  # noqa: E501
 
+    whole = False
     mean: float | int = 0.0
     std: float | int = 1.0
 
@@ -244,6 +254,7 @@ class ShiftedTime:
         shift: The shift s > 0; above 1 it favours noise.
     """
 
+    whole = False
     times: TimeSampler
     shift: float | int
 
@@ -252,12 +263,19 @@ class ShiftedTime:
         if not self.shift > 0:
             raise ValueError(f"shift: got {self.shift}, expected > 0.")
 
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """Those of `times`, shifted; none if it has none."""
+        return tuple(
+            _shifted(end, self.shift) for end in getattr(self.times, "ends", ())
+        )
+
     def __call__(
         self, batch: int, *, device: Device = None, generator: Generator = None
     ) -> Time:
         """Draws one time for each of `batch` samples, fp32 [b]."""
         t = self.times(batch, device=device, generator=generator)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return _shifted(t, self.shift)
 
 
 def few_step_times(n: int, steps: int = 1000) -> tuple[float, ...]:
@@ -310,4 +328,9 @@ def few_step_flow_times(n: int, shift: float | int = 1.0) -> tuple[float, ...]:
     if not shift > 0:
         raise ValueError(f"shift: got {shift}, expected > 0.")
     uniform_times = (1 - i / n for i in range(n))
-    return tuple(shift * u / (1 + (shift - 1) * u) for u in uniform_times)
+    return tuple(_shifted(u, shift) for u in uniform_times)
+
+
+def _shifted(t: Number, shift: float | int) -> Number:
+    # s t / (1 + (s - 1) t), as it is exactly 1 at t = 1 and never above.
+    return t / (t + (1 - t) / shift)

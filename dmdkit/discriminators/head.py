@@ -32,24 +32,30 @@ class DiffusionGANHead(nn.Module):
         channels: The channels of the feature map: 768 (ImageNet-64), 1280 (SD1.5,
             SDXL).
         resolution: The height and width of the map, or one number for both.
-        groups: The groups of group norm; official is 32. After the last convolution a
-            group sees `channels / groups` numbers, so there must be at least two, and
-            small heads want more.
+        groups: The groups of group norm. After the last convolution a group sees only
+            `channels / groups` numbers: of two, their order is all that is left, and
+            little gradient comes through. None: 32, as official, from 256 channels
+            on, else `channels // 8`.
 
     Raises:
         ValueError: If a number is out of range or `groups` does not divide `channels`.
 
     Examples:
         >>> import torch
-        >>> head = DiffusionGANHead(channels=64, resolution=8, groups=4)
+        >>> head = DiffusionGANHead(channels=64, resolution=8)
         >>> head(torch.zeros(2, 64, 8, 8)).shape
         torch.Size([2])
     """
 
     def __init__(
-        self, channels: int, resolution: int | tuple[int, int], groups: int = 32
+        self,
+        channels: int,
+        resolution: int | tuple[int, int],
+        groups: int | None = None,
     ) -> None:
         super().__init__()
+        if groups is None:
+            groups = 32 if channels >= 256 else max(channels // 8, 1)
         size = (resolution, resolution) if isinstance(resolution, int) else resolution
         if channels < 1 or min(size) < 1 or groups < 1:
             raise ValueError(

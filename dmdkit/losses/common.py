@@ -34,14 +34,21 @@ def draw(
 ) -> Draw:
     """Noises `x` at given or drawn times with given or drawn noise."""
     if t is None:
-        _check_ends(times, process)
+        _check_units(times, process)
         t = times(x.shape[0], device=x.device, generator=generator)
     if noise is None:
         noise = noise_like(x, generator)
     return Draw(process.add_noise(x, noise, t), t, noise)
 
 
-def _check_ends(times: TimeSampler, process: NoiseProcess) -> None:
+def _check_units(times: TimeSampler, process: NoiseProcess) -> None:
+    whole = getattr(times, "whole", process.whole_times)
+    if whole != process.whole_times:
+        kinds = {True: "whole indices", False: "continuous times"}
+        raise ValueError(
+            f"times: {times} draws {kinds[whole]}; {type(process).__name__} has "
+            f"{kinds[process.whole_times]}."
+        )
     for end in getattr(times, "ends", ()):
         try:
             process.check_time(end)

@@ -56,7 +56,8 @@ class PerSampleSimulator:
             student: The student; called N - 1 times.
             noise: The noise of the inputs themselves, [b, ...]; pure noise at rung 0.
             cond: The condition.
-            rung: The rungs, int64 [b], or one for all; drawn if None.
+            rung: The rungs, int64 [b], or one for all; drawn if None. On the CPU,
+                where their range can be checked without waiting for a device.
             rung_generator: Source of the rungs, on the CPU; each rank's own will do.
             generator: Source of the simulation's own noise, on the device of `noise`.
             data: Not looked at.
@@ -82,6 +83,9 @@ class PerSampleSimulator:
             raise ValueError(
                 f"rung: got {describe(rung)}, expected int64[{batch}], one a sample."
             )
+        if rung.device.type == "cpu":
+            check_rung(int(rung.min()), rungs)
+            check_rung(int(rung.max()), rungs)
         rung = rung.to(noise.device)
         check_draws(draws, rungs - 1, noise)
         process: NoiseProcess = student.process

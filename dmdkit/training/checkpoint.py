@@ -52,7 +52,8 @@ def save_checkpoint(
         step: The step at which the run will continue, >= 0.
         modules: Networks by name.
         optimizers: Optimizers by the name of the module whose parameters they hold.
-        states: Anything else by name: EMA, LR schedules, `GeneratorState`.
+        states: Anything else by name: EMA, LR schedules, `GeneratorState`; of several
+            ranks those of rank 0.
         keep: How many of the newest checkpoints to keep, at least 1; all if None.
 
     Returns:

@@ -170,7 +170,9 @@ def keep_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(path, partial, copy_function=_link_or_copy)
     text = json.dumps(dict(about or {}), indent=2)
-    (partial / f"{folder.name}.json").write_text(f"{text}\n")
+    note = partial / f"{folder.name}.json"
+    note.unlink(missing_ok=True)  # a link to that of PATH, if it was kept so itself
+    note.write_text(f"{text}\n")
     if folder.exists():
         _remove(folder)
     partial.rename(folder)

@@ -14,12 +14,17 @@ from torch.utils._pytree import (
     tree_map_with_path,
 )
 
-from dmdkit.training.ranks import GlobalRandomState
+from dmdkit.training.ranks import GlobalRandomState, rank_and_ranks
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything with `state_dict` and `load_state_dict`: EMA, LR schedule, loader."""
+    """Anything with `state_dict` and `load_state_dict`: EMA, LR schedule, loader.
+
+    Where the state differs between ranks, that of rank 0 is saved and all ranks get it.
+    What each rank has of its own must be gathered in `state_dict`, as `GeneratorState`
+    does.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """Gives the state.
@@ -159,7 +164,17 @@ def state_to_save(
             # PyTorch filled the empty state by a step, which would count.
             optimizer.state.clear()
             state[f"optimizer.{name}"]["state"] = {}
+    if rank_and_ranks()[0] > 0:
+        for name in ("random", *(f"state.{name}" for name in states)):
+            state[name] = {"tensors": _sharded(state[name]["tensors"])}
     return state
+
+
+def _sharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of which this rank has a part; others are rank 0's to save."""
+    from torch.distributed.tensor import DTensor
+
+    return {name: x for name, x in tensors.items() if isinstance(x, DTensor)}
 
 
 def split_state(state: Any) -> dict[str, Any]:

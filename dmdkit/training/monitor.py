@@ -178,7 +178,9 @@ class Monitor:
         """
         named = {**image_statistics(samples), **(metrics or {})}
         # One transfer for all.
-        values = torch.stack([torch.as_tensor(v).float().cpu() for v in named.values()])
+        values = torch.stack(
+            [torch.as_tensor(v, device=samples.device).float() for v in named.values()]
+        )
         entry = {"step": float(step)}
         entry |= dict(zip(named, values.tolist(), strict=True))
         self.history.append(entry)

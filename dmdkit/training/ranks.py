@@ -1,5 +1,6 @@
 """What the processes of a run agree on; in a single process all of it is trivial."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -110,20 +111,26 @@ def on_first(
 class GeneratorState:
     """Makes a `torch.Generator` a part of a checkpoint, on all ranks.
 
-    The states of all ranks are saved. A run that goes on with as many ranks goes on
-    with the same numbers. On another number of ranks a generator that was alike on all
-    stays so; where each rank had its own, new ones are derived from them.
+    The states of all ranks are saved, and a run that goes on with as many ranks, on the
+    same kind of device, goes on with the same numbers. Else a generator that the ranks
+    share goes on as that of rank 0, and others are seeded anew from what was saved,
+    each rank's differently.
 
     Args:
         generator: The generator whose state is saved and restored in place.
+        shared: Whether it is alike on all ranks and has to stay so, as the one that
+            draws the rungs.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: torch.Generator, *, shared: bool = False) -> None:
+        self.generator, self.shared = generator, shared
 
     def state_dict(self) -> dict[str, Any]:
         """Gives the generators' states; a collective call if there are ranks."""
-        return {"ranks": gathered(_as_bytes(self.generator.get_state()))}
+        return {
+            "device": self.generator.device.type,
+            "ranks": gathered(_as_bytes(self.generator.get_state())),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts the generator where it was.
@@ -132,15 +139,20 @@ class GeneratorState:
             state: What `state_dict` gave, on any number of ranks.
         """
         states, (rank, ranks) = state["ranks"], rank_and_ranks()
-        self.generator.set_state(_from_bytes(states[rank % len(states)]))
-        if len(set(states)) > 1 and len(states) != ranks:
-            device = self.generator.device
-            drawn = torch.randint(2**31, (), generator=self.generator, device=device)
-            self.generator.manual_seed(int(drawn) + (rank << 32))
+        place = 0 if self.shared else rank
+        same_device = state["device"] == self.generator.device.type
+        if same_device and (self.shared or len(states) == ranks):
+            self.generator.set_state(_from_bytes(states[place]))
+        else:
+            self.generator.manual_seed(_seed_from(states[0], place))
 
 
 class GlobalRandomState:
-    """PyTorch's own generators on every rank: the CPU's and those of CUDA devices."""
+    """PyTorch's own generators on every rank: the CPU's and those of CUDA devices.
+
+    On another number of ranks they are seeded anew, differently on every rank, unless
+    they were alike on several.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         """Gives their states; a collective call if there are ranks."""
@@ -156,12 +168,23 @@ class GlobalRandomState:
         Args:
             state: What `state_dict` gave, on any number of ranks and devices.
         """
-        rank, _ = rank_and_ranks()
-        own = {k: _from_bytes(of[rank % len(of)]) for k, of in state.items()}
-        torch.set_rng_state(own["cpu"])
+        states, (rank, ranks) = state["cpu"], rank_and_ranks()
+        alike = len(states) > 1 and len(set(states)) == 1
+        if len(states) != ranks and not alike:
+            torch.manual_seed(_seed_from(states[0], rank))
+            return
+        place = 0 if alike else rank
+        torch.set_rng_state(_from_bytes(states[place]))
         for i in range(torch.cuda.device_count()):
-            if f"cuda{i}" in own:
-                torch.cuda.set_rng_state(own[f"cuda{i}"], i)
+            if f"cuda{i}" in state:
+                of_ranks = state[f"cuda{i}"]
+                torch.cuda.set_rng_state(_from_bytes(of_ranks[place]), i)
+
+
+def _seed_from(state: bytes, place: int) -> int:
+    """A seed for one of several places, of the 32 bits that a CPU's generator reads."""
+    seed = int.from_bytes(hashlib.sha256(state).digest()[:4])
+    return (seed + place) % 2**32
 
 
 def _as_bytes(state: torch.Tensor) -> bytes:

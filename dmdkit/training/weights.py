@@ -48,7 +48,8 @@ def load_modules(path: str | Path, **modules: nn.Module) -> None:
     from torch.distributed.checkpoint import state_dict as dcp_state
 
     for name, module in modules.items():
-        saved, wanted = saved_parameters(path, name), set(module.state_dict())
+        saved = saved_parameters(path, name)
+        wanted = set(dcp_state.get_model_state_dict(module))
         if wanted != saved:
             odd = sorted(wanted ^ saved)
             raise ValueError(

@@ -12,7 +12,8 @@ measured; random weights; no gradient checkpointing.
 
 For each network the file has
 
-- `overhead_ratio`: time of the recipe's cycle over that of its bare passes;
+- `overhead_ratio`: time of the recipe's cycle over that of its bare passes, and
+  `overhead_quartiles`, between which half of the rounds were;
 - `shared_ratio`: time of a cycle with both shared passes over the default's, and
   `shared_passes_ratio`, the same of the bare passes; `shared_critic_...`: with the
   critic's alone;
@@ -374,9 +375,12 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
                     for part, taken in bench.seconds.items():
                         parts[i][part] = parts[i].get(part, 0) + taken
 
+    def quartiles(above: list[float], below: list[float]) -> list[float]:
+        ratios = [a / b for a, b in zip(above, below, strict=True)]
+        return [round(q, 4) for q in statistics.quantiles(ratios, method="inclusive")]
+
     def ratio(above: list[float], below: list[float]) -> float:
-        pairs = zip(above, below, strict=True)
-        return round(statistics.median(a / b for a, b in pairs), 4)
+        return quartiles(above, below)[1]
 
     usual, usual_bare = cycles["default"], bare["default"]
     return {
@@ -385,7 +389,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "batch": BATCH[name],
         "rounds": rounds,
         "overhead_ratio": ratio(usual, usual_bare),
+        "overhead_quartiles": quartiles(usual, usual_bare)[::2],
         "overhead_ratio_shared": ratio(cycles["shared"], bare["shared"]),
+        "overhead_quartiles_shared": quartiles(cycles["shared"], bare["shared"])[::2],
         "shared_ratio": ratio(cycles["shared"], usual),
         "shared_passes_ratio": ratio(bare["shared"], usual_bare),
         "shared_critic_ratio": ratio(cycles["shared_critic"], usual),
