@@ -238,6 +238,9 @@ def build_networks(settings: Settings) -> Networks:
     else:
         with option("teacher"):
             teacher = load_denoiser(settings.teacher, features=settings.gan_features)
+    with option("times"):
+        for time in settings.times:
+            teacher.process.check_time(time)
     student = trainable_copy(teacher)
     teacher.requires_grad_(False).eval()
     critic = trainable_copy(teacher, head=head_for(teacher) if settings.gan else None)

@@ -6,7 +6,8 @@
 The first word is the recipe (imagenet_edm, sd15, sdxl), options are its own and those
 below. The recipe's own networks, losses, backwards and updates run on tensors without
 data, as the first of so many processes, and what they allocate, compute and send is
-counted; nothing is downloaded, and no GPU is needed. Some minutes.
+counted; nothing is downloaded, and no GPU is needed. Some minutes. Autocast is taken
+to leave norms in fp32, as on GPUs; with `--device cpu` it is that of CPUs.
 
 Counted are tensors. The text encoders and the VAE of a pipeline have a line of their
 own, and what allocators, CUDA and NCCL take comes on top: leave a tenth of a GPU free.
@@ -32,6 +33,7 @@ from planning import (
     FakeDDP,
     counted_resizes,
     fake_machine,
+    gpu_autocast,
     gradients_counted,
 )
 from runs import parse
@@ -139,7 +141,9 @@ def beside(settings: Any) -> int:
     return 4 * sum(parts_beside(settings.pretrained, settings.kind).values())
 
 
-def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
+def planned(
+    settings: Any, recipe: Any, given: Settings, *, on_gpu: bool = True
+) -> dict[str, Any]:
     """Runs a recipe's iterations on fake tensors, and gives the numbers."""
     counter = Counter()
     with fake_machine(given.ranks, given.ranks_per_machine), ExitStack() as stack:
@@ -147,6 +151,8 @@ def planned(settings: Any, recipe: Any, given: Settings) -> dict[str, Any]:
         stack.callback(bar.close)
         # Random weights do; what is in memory is the same.
         stack.enter_context(patch.object(LPIPSDistance, "_load_backbone", lambda *_: 0))
+        if on_gpu:
+            stack.enter_context(gpu_autocast())
         stack.enter_context(counted_resizes(counter))
         stack.enter_context(counter)
         bar.set_postfix_str("networks")
@@ -374,9 +380,11 @@ def save_plot(plan: dict[str, Any], path: Path) -> None:
 def main(given: Settings, options: list[str]) -> dict[str, Any]:
     """Plans, prints, and writes what is asked for."""
     recipe = importlib.import_module(given.recipe)
-    settings = without_data(parse(recipe.Settings, recipe.PRESETS, options))
+    asked = parse(recipe.Settings, recipe.PRESETS, options)
+    settings = without_data(asked)
     given.check(settings.run.strategy)
-    plan = planned(settings, recipe, given)
+    on_gpu = asked.run.device != "cpu"
+    plan = planned(settings, recipe, given, on_gpu=on_gpu)
     show(plan, given)
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)

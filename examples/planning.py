@@ -120,6 +120,35 @@ def fake_machine(ranks: int, per_machine: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gpu_autocast() -> Iterator[None]:
+    """Within it autocast leaves in fp32 what it does on GPUs, and not on CPUs.
+
+    Norms and resizing, so that their inputs and outputs are kept in fp32 for the
+    backward (PyTorch's autocast op reference).
+    """
+
+    def in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(_in_fp32, (args, kwargs))
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("group_norm", "layer_norm", "interpolate"):
+            own = in_fp32(getattr(nn.functional, name))
+            stack.enter_context(patch.object(nn.functional, name, own))
+        yield
+
+
+def _in_fp32(value: Any) -> Any:
+    is_low = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.half)
+    return value.float() if is_low else value
+
+
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(query, key, value)
 

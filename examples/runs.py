@@ -43,7 +43,8 @@ from dmdkit import (
     save_checkpoint,
 )
 from dmdkit.extras import require_extra
-from dmdkit.training.ranks import on_any, on_first, rank_and_ranks
+from dmdkit.training.checkpoint_files import require_visible
+from dmdkit.training.ranks import everywhere, on_any, on_first, rank_and_ranks
 
 require_extra("train", "tyro", "tensorboard", "tqdm")
 
@@ -323,6 +324,7 @@ class RunFolder:
         """Begins a run or takes up the newest checkpoint; gives the step to go on."""
         if not self.resumes(resume):
             on_first(self._begin)
+            everywhere(lambda: require_visible([self.out / "settings.json"]))
             return 0
         try:
             resumed = load_newest_checkpoint(self.checkpoints, **parts)

@@ -316,10 +316,12 @@ def open_teacher(settings: TextSettings, unet_config: dict[str, Any]) -> Teacher
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
         unconditional = unconditional_of(pipeline)
+        idle = ["safety_checker"]  # these would wait on the device for nothing
         if settings.embeddings is not None or settings.latent_embeddings is not None:
-            for name in ENCODERS:  # they would wait on the device for nothing
-                if pipeline.components.get(name) is not None:
-                    pipeline.components[name].to("cpu")
+            idle += ENCODERS
+        for name in idle:
+            if pipeline.components.get(name) is not None:
+                pipeline.components[name].to("cpu")
         return Teacher(denoiser, unconditional, pipeline)
     # Adapters need no copy in fp32, so the weights can be drawn in the teacher's dtype.
     low = settings.precision == "bf16" and settings.lora == "both"
@@ -615,6 +617,9 @@ class TextDistillation(Distillation):
     ) -> None:
         super().__init__(settings, rank, ranks)
         teacher = open_teacher(settings, unet_config)
+        with option("times"):
+            for time in settings.times:
+                teacher.denoiser.process.check_time(time)
         self.pipeline = teacher.pipeline
         self.base = network_of(teacher.denoiser)
         self.config: Any = self.base.unet.config

@@ -25,7 +25,7 @@ from dmdkit import (
     load_newest_checkpoint,
     save_checkpoint,
 )
-from dmdkit.training import background
+from dmdkit.training import background, checkpoint_files
 from dmdkit.training.checkpoint_state import require_states
 from dmdkit.training.ranks import GlobalRandomState
 
@@ -535,6 +535,32 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         save_checkpoint(file, step=2, **run.parts)
     assert_equal(run.everything(), there)
     assert file.read_text() == "in the way"
+
+
+def test_a_disk_that_is_not_shared_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank's file is on another machine: no checkpoint, and the run knows."""
+    run, elsewhere = Run().train(0, 2), {"__1_0.distcp": {"bytes": 1, "sha256": "0"}}
+    own = checkpoint_files.everywhere
+    monkeypatch.setattr(checkpoint_files, "PATIENCE", 0)
+    monkeypatch.setattr(
+        checkpoint_files,
+        "everywhere",
+        lambda action, group=None: [*own(action, group), elsewhere],
+    )
+    with pytest.raises(OSError, match=r"__1_0\.distcp.*on a disk they share"):
+        save_checkpoint(tmp_path, step=2, **run.parts)
+    assert checkpoints(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_rank_wrote_may_be_seen_late(tmp_path: Path) -> None:
+    file = tmp_path / "late"
+    timer = threading.Timer(0.2, file.touch)
+    timer.start()
+    checkpoint_files.require_visible([file])
+    timer.join()
 
 
 def test_what_is_written_in_the_background_is_the_state_when_it_was_saved(

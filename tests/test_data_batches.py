@@ -1,5 +1,9 @@
 import multiprocessing
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import time
 import traceback
 from collections import Counter
@@ -281,6 +285,37 @@ def test_no_worker_is_left() -> None:
     assert take(stream, 1) == take(BatchStream(Numbers(), 4, seed=0), 3)[2:]
     del stream
     assert multiprocessing.active_children() == []
+
+
+SAVING = """
+import signal, sys, time
+from dmdkit.data import BatchStream
+
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+stream = BatchStream(list(range(9)), 2, seed=0, workers=2)
+next(stream)
+print("reading", flush=True)
+while not told:
+    time.sleep(0.01)
+time.sleep(0.5)  # time enough for workers to die, if they are to
+for _ in range(9):
+    next(stream)
+print("saved", flush=True)
+"""
+
+
+def test_workers_outlive_a_signal_to_the_whole_group() -> None:
+    """As torchrun and schedulers send it: the run still reads, saves and ends."""
+    command = [sys.executable, "-c", SAVING]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.stdout.read() == "saved\n"
+        assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize("name", ["set", "set.zip"])

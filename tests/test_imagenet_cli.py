@@ -452,6 +452,7 @@ def lines(error: pytest.ExceptionInfo[SystemExit]) -> str:
         ("--teacher T --images nowhere", "nowhere"),
         ("--teacher T --images I --resume", "--resume: there is no checkpoint"),
         ("--teacher T --images I --start-from x", "no complete checkpoint in x"),
+        ("--teacher T --images I --times 80 -1", "--times: time: got -1.0, expected"),
         ("--teacher T --images I --device cuda:9", "--device cuda:9: this machine"),
     ],
 )

@@ -15,11 +15,11 @@ import sdxl
 import torch
 import tyro
 from helpers_pipelines import save_sdxl
-from planning import CATEGORIES, GIB, Counter, FakeDDP, fake_machine
+from planning import CATEGORIES, GIB, Counter, FakeDDP, fake_machine, gpu_autocast
 from runs import parse
 from torch import distributed as dist
 from torch import nn
-from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.nn.functional import conv2d, scaled_dot_product_attention, silu
 from torch.nn.parallel import DistributedDataParallel
 
 SMALL = ["--batch-size", "1", "--micro-batch-size", "1", "--critic-steps", "2"]
@@ -95,6 +95,20 @@ def test_flops_by_hand() -> None:
         query = torch.zeros(1, 2, 64, 16)
         scaled_dot_product_attention(query, query, query)
         assert counter.flops == 2 * (2 * 2 * 64 * 64 * 16)
+
+
+@pytest.mark.parametrize(("on_gpu", "bytes_each"), [(False, 2 + 2), (True, 4 + 4)])
+def test_norms_are_kept_as_gpus_keep_them(on_gpu: bool, bytes_each: int) -> None:
+    """CUDA's autocast has norms in fp32: what they read and give is twice as much."""
+    mode = gpu_autocast() if on_gpu else nullcontext()
+    with fake_machine(1, 1), mode, Counter() as counter:
+        norm, x = nn.GroupNorm(4, 8), torch.zeros(2, 8, 32, 32, dtype=torch.bfloat16)
+        counter.put_all("weights")
+        with torch.autocast("cpu", torch.bfloat16):
+            y = silu(norm(x + 1))
+        assert y.dtype == (torch.float32 if on_gpu else torch.bfloat16)
+        kept = counter.live["activations"] - y.nbytes
+        assert kept == pytest.approx(bytes_each * x.numel(), rel=0.05)
 
 
 def test_ddp_sends_the_gradients_once_an_update(teacher: Path) -> None:

@@ -492,6 +492,10 @@ def lines(error: pytest.ExceptionInfo[SystemExit]) -> str:
         ("--pretrained SDXL --prompts P --latents LXL --start-from x", "--start-from"),
         ("--pretrained SDXL --prompts P --latents LXL --batch-size 0", "expected >= 1"),
         ("--pretrained SDXL --prompts P --latents LXL --resume", "no checkpoint"),
+        (
+            "--pretrained SDXL --prompts P --latents LXL --times 999 749.5",
+            "--times: time: got 749.5, expected a whole index",
+        ),
     ],
 )
 def test_what_cannot_run_is_said_in_one_line(

@@ -184,5 +184,7 @@ def sdxl_time_ids(
         raise ValueError(
             f"batch, size: got {batch}, {size}, expected positive whole numbers."
         )
-    row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-    return row.to(device).repeat(batch, 1)
+    # Filled where they are: a copy from the host would wait for the device.
+    ids = torch.zeros(batch, 6, dtype=torch.float32, device=device)
+    ids[:, 0::4], ids[:, 1::4] = height, width
+    return ids

@@ -1,5 +1,6 @@
 """Endless shuffled batches that can be taken up again anywhere."""
 
+import os
 import pickle
 import traceback
 from collections.abc import Iterator
@@ -142,7 +143,18 @@ class BatchStream:
             pin_memory=self.pin_memory,
             # Else the workers' seeds would be drawn from PyTorch's own generator.
             generator=torch.Generator(),
+            worker_init_fn=_leave_the_group,
         )
+
+
+def _leave_the_group(worker: int) -> None:
+    """Spares a worker the signals that a scheduler or torchrun sends to a whole group.
+
+    The process that reads from it may want to save first, and ends it afterwards.
+    """
+    del worker
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dmdkit.training.ranks import everywhere, on_first, rank_and_ranks
 
 PREFIX = "step-"
 MANIFEST = "manifest.json"
+PATIENCE = 60.0
+"""Seconds until a disk that ranks share has to show what another one wrote."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -243,7 +246,28 @@ def _settle(partial: Path) -> dict[str, Any]:
     return found
 
 
+def require_visible(files: Iterable[Path]) -> None:
+    """Waits until this rank sees what others wrote, as a network's disk may be late.
+
+    Args:
+        files: What is to be there.
+
+    Raises:
+        OSError: If one of them is not, after a minute.
+    """
+    until = time.monotonic() + PATIENCE
+    for file in files:
+        while not file.is_file():
+            if time.monotonic() > until:
+                raise OSError(
+                    f"directory: {file}, which another rank wrote, is not on this "
+                    "rank's disk; all ranks need one folder on a disk they share."
+                )
+            time.sleep(min(PATIENCE, 0.5))
+
+
 def _publish(partial: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    require_visible(partial / name for name in manifest["files"])
     file = partial / MANIFEST
     file.write_text(json.dumps(manifest, indent=2) + "\n")
     _flush(file)

@@ -39,6 +39,7 @@ def run(*command: str, env: dict[str, str] | None = None) -> None:
 def planned(ranks: int, options: list[str], folder: Path) -> float:
     file = folder / "plan.json"
     plan = [f"{EXAMPLES / 'plan.py'}", *options, "--ranks", f"{ranks}"]
+    plan += ["--device", "cpu"]
     run(sys.executable, *plan, "--json", f"{file}")
     return json.loads(file.read_text())["peak_gib_per_rank"]
 
