@@ -59,6 +59,7 @@ OTHER_NAMES = {
 OTHER_OPTIONS = {
     *("editable", "index-url", "nproc-per-node", "max-restarts", "strict"),
     *("constraint", "break", "runs", "reason", "rater", "logdir"),
+    *("signals-to-handle", "shutdown-timeout"),
     "denoising",  # of the official scripts
 }
 """Options of other programs, and of the scripts under tests/."""
