@@ -294,7 +294,8 @@ from dmdkit.data import BatchStream
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(True))
 stream = BatchStream(list(range(9)), 2, seed=0, workers=2)
-next(stream)
+for _ in range(2):  # so that both workers have begun
+    next(stream)
 print("reading", flush=True)
 while not told:
     time.sleep(0.01)
