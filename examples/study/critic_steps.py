@@ -43,9 +43,10 @@ class Settings:
     """Numbers to try."""
     student_updates: int = 60
     """Updates of the student in each trial."""
-    tolerance: float = 0.1
+    tolerance: float = 0.3
     """A trial is stable if no statistic wanders more than this share of its spread
-    among real images, in the second half."""
+    among real images, in the second half. Chosen on digits, where 2 updates wander by
+    1.1 and 5 by 0.2."""
     samples: int = 500
     """Images behind each statistic, always from the same noise."""
     seed: int = 0
