@@ -107,6 +107,19 @@ def test_global_numbers_alike_on_several_ranks_stay_alike(play: Play) -> None:
         assert torch.equal(x, fresh(5))
 
 
+def test_ranks_alike_on_the_cpu_keep_their_own_gpus(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = saved_by(play, [5, 5], "global", shared=False)
+    taken: list[Tensor] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_rng_state", lambda v, _: taken.append(v))
+    for rank in range(2):
+        play(rank, 2)
+        GlobalRandomState().load_state_dict({**state, "cuda0": [b"\x01", b"\x02"]})
+    assert [int(x) for x in taken] == [1, 2]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_state_of_a_gpu_seeds_the_cpu_s(play: Play, shared: bool) -> None:
     state = {"device": "cuda", "ranks": [bytes(16), bytes(16)]}

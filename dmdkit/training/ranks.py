@@ -173,7 +173,8 @@ class GlobalRandomState:
         if len(states) != ranks and not alike:
             torch.manual_seed(_seed_from(states[0], rank))
             return
-        place = 0 if alike else rank
+        # Ranks alike on the CPU need not be so on their GPUs.
+        place = rank if len(states) == ranks else 0
         torch.set_rng_state(_from_bytes(states[place]))
         for i in range(torch.cuda.device_count()):
             if f"cuda{i}" in state:
