@@ -20,6 +20,9 @@ from dmdkit.diffusion.processes import (
 from dmdkit.diffusion.processes import NoiseProcess as NoiseProcess
 from dmdkit.diffusion.processes import RectifiedFlow as RectifiedFlow
 from dmdkit.diffusion.processes import VarianceExploding as VarianceExploding
+from dmdkit.diffusion.schedules import few_step_flow_times as few_step_flow_times
+from dmdkit.diffusion.schedules import few_step_times as few_step_times
+from dmdkit.diffusion.schedules import karras_sigmas as karras_sigmas
 from dmdkit.diffusion.score import Estimate as Estimate
 from dmdkit.diffusion.score import ScoreEstimator as ScoreEstimator
 from dmdkit.diffusion.times import DiscreteUniformTime as DiscreteUniformTime
@@ -28,9 +31,6 @@ from dmdkit.diffusion.times import LogitNormalTime as LogitNormalTime
 from dmdkit.diffusion.times import LogNormalTime as LogNormalTime
 from dmdkit.diffusion.times import ShiftedTime as ShiftedTime
 from dmdkit.diffusion.times import UniformTime as UniformTime
-from dmdkit.diffusion.times import few_step_flow_times as few_step_flow_times
-from dmdkit.diffusion.times import few_step_times as few_step_times
-from dmdkit.diffusion.times import karras_sigmas as karras_sigmas
 from dmdkit.diffusion.weights import KarrasWeight as KarrasWeight
 from dmdkit.diffusion.weights import TimeWeight as TimeWeight
 from dmdkit.diffusion.weights import snr_weight as snr_weight
