@@ -108,7 +108,7 @@ def test_table_3_has_the_papers_rows() -> None:
         cell = CELLS[name]
         ticks = (
             cell.distribution_matching,
-            not cell.regression,
+            not cell.regression_weight,
             cell.critic_steps == 5,
             cell.gan_weight > 0,
         )
@@ -227,7 +227,7 @@ def test_two_stages_count_their_updates_together() -> None:
 
     trained = train(DIGITS, cell, 1, 10, measure, every=10, training=SMALL)
     assert (trained.critic_updates, trained.generator_updates) == (15, 3)
-    full = SMALL.learning_rate
+    full = cell.learning_rate
     assert ends == [(0, False, full), (0, True, full / 4), (1, True, full / 4)]
     points = [(p["critic_updates"], p["generator_updates"]) for p in trained.curve]
     assert points == [(0, 0), (10, 2), (15, 3)]

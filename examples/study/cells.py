@@ -9,7 +9,9 @@ GAN_WEIGHT = 3e-2
 GUIDANCE = 2.0
 """Scale of the teacher's guidance in Table 4."""
 REGRESSION_WEIGHT = 0.25
-"""Of DMD's regression loss (DMD, section 4.3)."""
+"""Of DMD's regression loss (DMD, section 4.3, where it is of LPIPS)."""
+LEARNING_RATE = 5e-4
+"""Of student and critic, chosen for the full method (`search.py`)."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Cell:
     critic_steps: int = 5
     """Critic updates to one generator update."""
     distribution_matching: bool = True
-    regression: bool = False
-    """Whether DMD's regression loss on the teacher's pairs is added."""
+    regression_weight: float = 0.0
+    """Of DMD's regression loss on the teacher's pairs; 0 is none."""
     gan_weight: float = GAN_WEIGHT
     """0 is no GAN, and no discriminator."""
+    learning_rate: float = LEARNING_RATE
+    """The student's."""
     critic_rate: float = 1.0
     """The critic's learning rate in the student's."""
     steps: int = 1
@@ -64,7 +68,13 @@ def _cells() -> tuple[Cell, ...]:
         Cell("dmd2", ("1", "3", "B", "steps", "families", "shared")),
         replace(ttur, name="no-regression", tables=("3", "8", "9"), critic_steps=1),
         ttur,
-        replace(ttur, name="dmd", tables=("3", "9"), critic_steps=1, regression=True),
+        replace(
+            ttur,
+            name="dmd",
+            tables=("3", "9"),
+            critic_steps=1,
+            regression_weight=REGRESSION_WEIGHT,
+        ),
         alone,
         replace(alone, name="gan-ttur", critic_steps=5),
         four,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
-from study.cells import REGRESSION_WEIGHT, Cell
+from study.cells import Cell
 from study.datasets import Data
 from study.families import family, in_family, student_times
 from torch import Tensor, nn
@@ -42,11 +42,9 @@ PAIR_CALLS = 18
 
 @dataclass(frozen=True)
 class Training:
-    """What is the same for every cell; chosen on one seed that is not reported."""
+    """What is the same for every cell."""
 
     batch_size: int = 32
-    learning_rate: float = 5e-4
-    """Of both AdamW, constant, with the paper's betas and weight decay."""
     average_over: float = 100.0
     """Critic updates over which the student's weights are averaged (EMA): the
     estimator that every number is of."""
@@ -88,10 +86,10 @@ class Run:
         self.inputs = self.sampler if cell.backward_simulation else NoisedData(times)
         self.ttur = TTURScheduler(cell.critic_steps)
         self.pairs, self.preparation = None, 0.0
-        if cell.regression:
+        if cell.regression_weight:
             self.pairs, self.preparation = pairs_of(data)
 
-        rate = self.training.learning_rate
+        rate = cell.learning_rate
         if cell.pretraining:
             rate /= 4  # DMD2, F.2: 2e-6, then 5e-7 with the GAN
         self.optimizers = {
@@ -165,7 +163,7 @@ class Run:
             start = self.student.process.prior(noise[rows], t)
             made = self.student(start, t, pair_labels[rows])
             losses["regression"] = self.regression_loss(made, targets[rows])
-            total = total + REGRESSION_WEIGHT * losses["regression"].loss
+            total = total + cell.regression_weight * losses["regression"].loss
         return total, losses
 
     def _critic_losses(
@@ -228,6 +226,7 @@ class Run:
 
 
 def _adamw(denoiser: ScoreEstimator, learning_rate: float) -> torch.optim.AdamW:
+    """At a constant rate, with the paper's betas and weight decay."""
     return torch.optim.AdamW(
         denoiser.parameters(), learning_rate, betas=(0.9, 0.999), weight_decay=0.01
     )

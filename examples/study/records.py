@@ -72,11 +72,11 @@ class Records:
             {name: f"{x:.5g}" for name, x in point.items()}
             for point in outcome["curve"]
         ]
-        _append(
+        append(
             self.folder / "curves.csv", CURVES, [{**key, **point} for point in points]
         )
         measures = {**key, **measured, "critic_updates": outcome["critic_updates"]}
-        _append(self.folder / "measures.csv", MEASURES, [measures])
+        append(self.folder / "measures.csv", MEASURES, [measures])
         if outcome["grid"] is not None:
             save_grid(outcome["grid"], self.grid_file(task.data, task.cell))
         row = {
@@ -88,7 +88,7 @@ class Records:
             "seconds": f"{outcome['seconds']:.1f}",
             "commit": commit,
         }
-        _append(self.folder / "results.csv", RESULTS, [row])
+        append(self.folder / "results.csv", RESULTS, [row])
         self.results.append({name: str(row[name]) for name in RESULTS})
 
     def grid_file(self, data: str, cell: str) -> Path:
@@ -116,7 +116,8 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _append(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+def append(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Adds rows to a file, which gets its header with the first."""
     new = not path.is_file()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(

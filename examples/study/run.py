@@ -147,11 +147,11 @@ def seconds_of(task: Task, records: Records) -> float:
         return 5.0 * TEACHERS[task.cell].calls / 17
     cell = CELLS[task.cell]
     preparation = 0.0
-    if cell.regression:
+    if cell.regression_weight:
         started = time.process_time()
         make_pairs(data, PAIRS // 16)
         preparation = 16 * (time.process_time() - started)
-    run = Run(data, replace(cell, regression=False), seed=0)
+    run = Run(data, replace(cell, regression_weight=0.0), seed=0)
     started = time.process_time()
     for step in range(10):
         run.iterate(step)
