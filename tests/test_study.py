@@ -3,29 +3,23 @@
 import csv
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from study import critic_steps, distil, run
-from study.cells import CELLS, cells_of
+from study import critic_steps, distil, run, search
+from study.cells import CELLS, LEARNING_RATE, SEEDS, cells_of
 from study.datasets import DIGITS
 from study.distil import Run, Training, train
 from study.evaluation import Evaluator
 from study.families import LAST_FLOW_TIME, FamilyName, in_family, student_times
+from study.figures import spaced
 from study.records import RESULTS, Records, Task, read
-from study.report import (
-    NAMES,
-    TABLES,
-    Results,
-    cell_text,
-    fill_page,
-    spaced,
-    table,
-)
-from study.teachers import TEACHERS
+from study.tables import NAMES, TABLES, Results, cell_text, fill_page, table
+from study.teachers import HELD_OUT, TEACHERS, draw_teacher
 from torch import Tensor, nn
 
 from dmdkit import HeunSampler, NoisedData, karras_sigmas
@@ -62,7 +56,7 @@ def test_a_family_estimates_what_the_edm_teacher_estimates(name: FamilyName) -> 
     torch.testing.assert_close(other(x_t, t, labels), expected, atol=2e-4, rtol=2e-4)
 
 
-def test_students_of_every_family_start_from_about_the_same_noise() -> None:
+def test_one_step_students_start_from_the_largest_noise_of_their_family() -> None:
     assert student_times("edm", 1) == (80.0,)
     assert student_times("vp", 1) == (999.0,)
     (flow,) = student_times("flow", 1)
@@ -103,21 +97,21 @@ def test_table_3_has_the_papers_rows() -> None:
         "gan-alone": (False, True, False, True),
         "gan-ttur": (False, True, True, True),
     }
-    assert set(TABLES["3"]) == set(rows)
-    for name, expected in rows.items():
-        cell = CELLS[name]
+    shown = [CELLS[name] for name in TABLES["3"] if name in CELLS]
+    assert {cell.name.removesuffix("-tuned") for cell in shown} == set(rows)
+    for cell in shown:
         ticks = (
             cell.distribution_matching,
             not cell.regression_weight,
             cell.critic_steps == 5,
             cell.gan_weight > 0,
         )
-        assert ticks == expected
+        assert ticks == rows[cell.name.removesuffix("-tuned")]
         assert "3" in cell.tables
 
 
 def test_every_cell_has_a_place_in_the_report() -> None:
-    assert set(NAMES) == {*CELLS, *TEACHERS}
+    assert set(NAMES) == {*CELLS, *TEACHERS, HELD_OUT}
     assert {cell for names in TABLES.values() for cell in names} == set(NAMES)
 
 
@@ -268,6 +262,81 @@ def test_real_images_measure_as_real() -> None:
     assert noise.accuracy < 0.3
 
 
+def test_held_out_images_have_the_order_of_classes_that_samples_have() -> None:
+    evaluator = Evaluator(DIGITS)
+    images = evaluator.held_out_by_class()
+    classes = evaluator.held_out_labels.bincount()
+    assert len(images) == 10 * int(classes.min())
+    of_nines = evaluator.held_out_images[evaluator.held_out_labels == 9]
+    assert all((of_nines == image).flatten(1).all(1).any() for image in images[9::10])
+    measured = evaluator.measure(images)
+    assert measured.accuracy > 0.95
+    assert measured.frechet_held_out is not None
+    assert measured.frechet_held_out < measured.frechet
+
+
+@pytest.mark.parametrize("name", ["untrained", "untrained-four-step"])
+def test_untrained_rows_are_students_before_their_first_update(name: str) -> None:
+    steps = TEACHERS[name].calls
+    cell = {1: "dmd2", 4: "four-step"}[steps]
+    noise, labels = torch.randn(4, *DIGITS.shape), torch.arange(4)
+    student = run_of(cell).draw(noise, labels, torch.Generator().manual_seed(1))
+    drawn = draw_teacher(DIGITS, TEACHERS[name])
+    torch.testing.assert_close(
+        drawn(noise, labels, torch.Generator().manual_seed(1)), student
+    )
+
+
+# --- learning rates ---
+
+
+def test_a_cell_has_its_own_rate_where_the_search_found_a_better_one() -> None:
+    rows = read(STUDY / "search.csv")
+    for name in search.SEARCHED:
+        trials = {
+            (float(r["learning_rate"]), float(r["regression_weight"])): float(
+                r["frechet"]
+            )
+            for r in rows
+            if r["cell"] == name
+        }
+        usual = trials[LEARNING_RATE, CELLS[name].regression_weight]
+        best = min(trials, key=lambda key: trials[key])
+        tuned = CELLS.get(f"{name}-tuned")
+        assert (tuned is not None) == (trials[best] < search.BETTER * usual), name
+        if tuned is not None:
+            assert (tuned.learning_rate, tuned.regression_weight) == best
+    assert {row["seed"] for row in rows} == {str(search.SEED)}
+    assert max(SEEDS.values()) < search.SEED
+
+
+@pytest.mark.usefixtures("small")
+def test_a_search_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        search,
+        "ProcessPoolExecutor",
+        lambda workers, mp_context: ThreadPoolExecutor(workers),
+    )
+    monkeypatch.setattr(search, "SAMPLES", 200)
+    settings = search.Settings(
+        cells=("dmd",), rates=(1e-4,), budget=2, workers=1, out=tmp_path
+    )
+    search.main(settings)
+    rows = read(tmp_path / "search.csv")
+    assert [(r["learning_rate"], r["regression_weight"]) for r in rows] == [
+        ("0.0001", "0.25"),
+        ("0.0005", "1"),
+        ("0.0005", "4"),
+        ("0.0005", "16"),
+    ]
+    assert len({r["frechet"] for r in rows}) == 4
+    search.main(replace(settings, rates=(1e-4, 2e-4)))
+    assert len(read(tmp_path / "search.csv")) == 5
+    assert "Wrote" in capsys.readouterr().out
+
+
 # --- files ---
 
 
@@ -321,6 +390,14 @@ def test_a_task_leaves_one_row_and_is_not_done_again(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "study_digits_samples.png").is_file()
 
 
+def test_cells_of_another_budget_are_not_mixed(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(
+        ",".join(RESULTS) + "\ndigits,3,ttur,1,600,1,1,1,1,120,60.0,abc1234\n"
+    )
+    with pytest.raises(SystemExit, match=r"--budget 100: .* of 600 critic updates"):
+        run.main(run.Settings(budget=100, out=tmp_path))
+
+
 def test_the_same_seed_gives_the_same_student() -> None:
     def student(seed: int) -> Tensor:
         made = Run(DIGITS, CELLS["dmd2"], seed, SMALL)
@@ -347,10 +424,8 @@ def test_a_dry_run_names_what_is_left_and_trains_nothing(
 
 
 def test_fashion_has_tables_1_and_3_alone() -> None:
-    assert {cell.name for cell in cells_of("fashion")} == {
-        *TABLES["3"],
-        "dmd2-longer",
-    }
+    trained = {cell.name for cell in cells_of("fashion")}
+    assert trained == {name for name in TABLES["3"] if name in CELLS} | {"dmd2-longer"}
     assert len(cells_of("digits")) == len(CELLS)
 
 
@@ -454,7 +529,12 @@ def test_the_tool_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         )
     )
     assert "--critic-steps 1." in capsys.readouterr().out
-    assert (tmp_path / "digits.png").stat().st_size > 10_000
+    rows = read(tmp_path / "critic_steps_digits.csv")
+    assert [(r["critic_steps"], r["stable"]) for r in rows] == [
+        ("1", "True"),
+        ("2", "True"),
+    ]
+    assert (tmp_path / "critic_steps_digits.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from study.cells import CELLS
 from study.datasets import DATA, Data
 from study.distil import Run, train
 from study.evaluation import Evaluator
+from study.records import append, commit_of
 from study.run import DataName
 
 mpl.use("Agg")
@@ -31,6 +32,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 STATISTICS = ("brightness", "contrast")
+COLUMNS = ("critic_steps", *STATISTICS, "stable", "student_updates", "seed", "commit")
 Curve = list[dict[str, float]]
 
 
@@ -145,22 +147,31 @@ def main(settings: Settings) -> None:
         steps: {name: wander(curve, name, spread[name]) for name in STATISTICS}
         for steps, curve in curves.items()
     }
-    plot(curves, data, settings.out / f"{data.name}.png")
+    path = settings.out / f"critic_steps_{data.name}.csv"
+    plot(curves, data, path.with_suffix(".png"))
+    path.unlink(missing_ok=True)
+    rest = {
+        "student_updates": settings.student_updates,
+        "seed": settings.seed,
+        "commit": commit_of(),
+    }
 
     print(f"{'critic updates':>14}" + "".join(f"{name:>12}" for name in STATISTICS))
     for steps, by_name in wanders.items():
         row = "".join(f"{by_name[name]:>12.3f}" for name in STATISTICS)
         stable = max(by_name.values()) <= settings.tolerance
         print(f"{steps:>14}{row}  {'stable' if stable else 'not stable'}")
-    found = smallest_stable(wanders, settings.tolerance)
-    if found is None:
+        found = {**by_name, "critic_steps": steps, "stable": stable, **rest}
+        append(path, COLUMNS, [found])
+    smallest = smallest_stable(wanders, settings.tolerance)
+    if smallest is None:
         print(
             f"None of them is stable to {settings.tolerance:g}: try more critic "
             "updates, a lower learning rate of the student, or a larger batch."
         )
     else:
-        print(f"The smallest that is stable: --critic-steps {found}.")
-    print(f"Wrote {settings.out / f'{data.name}.png'}.")
+        print(f"The smallest that is stable: --critic-steps {smallest}.")
+    print(f"Wrote {path} and its picture.")
 
 
 if __name__ == "__main__":

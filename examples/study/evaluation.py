@@ -31,7 +31,7 @@ class Measured:
         precision: Share of samples among real ones (k = 3, features).
         recall: Share of real images among samples.
         accuracy: Share of samples that the classifier takes for their class.
-        frechet_held_out: Distance to the held-out images.
+        frechet_held_out: Distance to the held-out images; None of themselves.
         nearest: Mean pixel distance to the nearest training image: small is copying.
         diversity: Mean distance of features of two samples of one class.
         class_recall: Recall within each class, averaged.
@@ -42,7 +42,7 @@ class Measured:
     precision: float
     recall: float
     accuracy: float
-    frechet_held_out: float
+    frechet_held_out: float | None
     nearest: float
     diversity: float
     class_recall: float
@@ -55,11 +55,11 @@ class Evaluator:
     def __init__(self, data: Data) -> None:
         self.data = data
         self.classifier = data.load_classifier()
-        self.images, self.labels, held_out, _ = data.images
+        self.images, self.labels, held_out, held_out_labels = data.images
         self.features = self._features(self.images)
         self.train = self._statistics(self.features)
         self.held_out = self._statistics(self._features(held_out))
-        self.held_out_images = held_out
+        self.held_out_images, self.held_out_labels = held_out, held_out_labels
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
@@ -112,6 +112,13 @@ class Evaluator:
             class_recall=sum(recalls) / len(recalls),
             brightness=images.mean().item(),
         )
+
+    def held_out_by_class(self) -> Tensor:
+        """Held-out images, as many of each class, in the order of `measure`."""
+        images, labels = self.held_out_images, self.held_out_labels
+        count = min(int(labels.bincount().min()), SAMPLES // self.data.classes)
+        rows = [(labels == c).nonzero()[:count, 0] for c in range(self.data.classes)]
+        return images[torch.stack(rows, 1).flatten()]
 
     def nearest(self, images: Tensor) -> float:
         """The mean distance to the nearest training image, of the first samples."""

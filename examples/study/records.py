@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from study.cells import CELLS
-from study.teachers import TEACHERS
+from study.teachers import table_of
 from torch import Tensor
 
 RESULTS = (
@@ -32,7 +31,7 @@ class Task(NamedTuple):
     cell: str
     seed: int
     budget: int
-    """Critic updates; 0 for a teacher."""
+    """Critic updates; 0 where nothing is trained."""
 
 
 class Records:
@@ -53,6 +52,15 @@ class Records:
             for row in self.results
         )
 
+    def require_budget(self, budget: int) -> None:
+        """Refuses to mix cells of several budgets, which no table tells apart."""
+        found = {int(row["budget"]) for row in self.results} - {0, budget}
+        if found:
+            raise SystemExit(
+                f"--budget {budget}: {self.folder} has cells of {min(found)} critic "
+                "updates; name another --out."
+            )
+
     def seconds_of(self, task: Task) -> float | None:
         """The median CPU seconds of the tasks of a cell that are done, if any."""
         found = [
@@ -67,7 +75,10 @@ class Records:
         """Writes what `perform` gave; the line in results.csv comes last."""
         self.folder.mkdir(parents=True, exist_ok=True)
         key = {"data": task.data, "cell": task.cell, "seed": task.seed}
-        measured = {name: f"{x:.5g}" for name, x in outcome["measured"].items()}
+        measured = {
+            name: "" if x is None else f"{x:.5g}"
+            for name, x in outcome["measured"].items()
+        }
         points = [
             {name: f"{x:.5g}" for name, x in point.items()}
             for point in outcome["curve"]
@@ -82,7 +93,7 @@ class Records:
         row = {
             **key,
             **measured,
-            "table": (CELLS | TEACHERS)[task.cell].table,
+            "table": table_of(task.cell),
             "budget": task.budget,
             "generator_updates": outcome["generator_updates"],
             "seconds": f"{outcome['seconds']:.1f}",

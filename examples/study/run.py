@@ -22,13 +22,13 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))
 
 from digits_common import parse
-from study.cells import CELLS, SEEDS
+from study.cells import CELLS
 from study.datasets import DATA, Data
 from study.distil import PAIRS, Run, Trained, make_pairs, train
 from study.evaluation import SAMPLES, Evaluator
 from study.records import Records, Task, commit_of
 from study.report import write_report
-from study.teachers import TEACHERS, draw_teacher, names_of
+from study.teachers import HELD_OUT, TEACHERS, draw_teacher, names_of, seeds_of
 from tqdm import tqdm
 
 DataName = Literal["digits", "fashion"]
@@ -64,7 +64,7 @@ class Settings:
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} {value}: expected >= 1.")
-        known = {*CELLS, *TEACHERS}
+        known = {*CELLS, *TEACHERS, HELD_OUT}
         for name in self.cells:
             if name not in known:
                 raise SystemExit(
@@ -72,7 +72,7 @@ class Settings:
                 )
 
 
-QUICK_CELLS = ("teacher-ode-17", "dmd2", "ttur", "no-regression")
+QUICK_CELLS = ("held-out", "teacher-ode-17", "dmd2", "ttur", "no-regression")
 QUICK_BUDGET = 100
 
 
@@ -80,12 +80,12 @@ def tasks_of(settings: Settings) -> list[Task]:
     """Everything to train and to measure, the first seeds of all cells first."""
     tasks = []
     for name in settings.data:
-        for seed in range(1, (settings.seeds or SEEDS[name]) + 1):
-            for cell in names_of(name):
-                if settings.cells and cell not in settings.cells:
-                    continue
-                budget = 0 if cell in TEACHERS else settings.budget
-                tasks.append(Task(name, cell, seed, budget))
+        for cell in settings.cells or names_of(name):
+            if cell not in names_of(name):
+                continue
+            budget = settings.budget if cell in CELLS else 0
+            seeds = seeds_of(name, cell)[: settings.seeds]
+            tasks += [Task(name, cell, seed, budget) for seed in seeds]
     return sorted(tasks, key=lambda task: task.seed)
 
 
@@ -104,14 +104,20 @@ def perform(task: Task) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = DATA[task.data]
     evaluator = _evaluator(data)
-    if task.cell in TEACHERS:
-        draw, trained = draw_teacher(data, TEACHERS[task.cell]), None
+    trained = None
+    if task.cell == HELD_OUT:
+        images = evaluator.held_out_by_class()
+        measured = replace(evaluator.measure(images), frechet_held_out=None)
     else:
-        trained = train_cell(task, data, evaluator)
-        draw = trained.run.draw
-    images = evaluator.draw(draw, SAMPLES, seed=task.seed)
+        if task.cell in TEACHERS:
+            draw = draw_teacher(data, TEACHERS[task.cell])
+        else:
+            trained = train_cell(task, data, evaluator)
+            draw = trained.run.draw
+        images = evaluator.draw(draw, SAMPLES, seed=task.seed)
+        measured = evaluator.measure(images)
     return {
-        "measured": asdict(evaluator.measure(images)),
+        "measured": asdict(measured),
         "generator_updates": trained.generator_updates if trained else 0,
         "critic_updates": trained.critic_updates if trained else 0,
         "seconds": trained.seconds if trained else 0.0,
@@ -143,6 +149,8 @@ def seconds_of(task: Task, records: Records) -> float:
     if known is not None:
         return known
     data = DATA[task.data]
+    if task.cell == HELD_OUT:
+        return 1.0
     if task.cell in TEACHERS:
         return 5.0 * TEACHERS[task.cell].calls / 17
     cell = CELLS[task.cell]
@@ -173,6 +181,7 @@ def main(settings: Settings) -> None:
         )
     torch.set_num_threads(1)
     records = Records(settings.out)
+    records.require_budget(settings.budget)
     tasks = tasks_of(settings)
     left = [task for task in tasks if not records.has(task)]
     print(f"{len(tasks) - len(left)} of {len(tasks)} are done; {len(left)} are left.")
