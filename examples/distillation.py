@@ -20,6 +20,7 @@ import tyro
 from parallel import (
     Strategy,
     gradients_stay,
+    head_of,
     plain,
     processes,
     share,
@@ -53,6 +54,7 @@ from dmdkit import (
     Monitor,
     NonFiniteError,
     ScoreEstimator,
+    SharedCriticLoss,
     TTURScheduler,
     all_finite,
 )
@@ -227,16 +229,59 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def backward(
-    losses: Mapping[str, Any], weights: Mapping[str, float], share: float
+    losses: Mapping[str, Any],
+    weights: Mapping[str, float],
+    share: float,
+    zero: Tensor | float = 0.0,
 ) -> None:
     """Adds the gradient of a share of the weighted losses to what is trained.
 
     If a sample of the losses is not finite, every gradient becomes NaN: also where its
-    loss alone would not tell, and on all processes, which then take no step.
+    loss alone would not tell, and on all processes, which then take no step. `zero` is
+    a zero of weights that are to have a gradient as well.
     """
-    first, *others = (weights[name] * out.loss for name, out in losses.items())
-    total, sound = sum(others, start=first), all_finite(*losses.values())
+    total = sum((weights[name] * out.loss for name, out in losses.items()), start=zero)
+    sound = all_finite(*losses.values())
     (total * torch.where(sound, share, math.nan)).backward()
+
+
+def learn_of_samples(
+    method: Any,
+    critic: ScoreEstimator,
+    x: Tensor,
+    cond: Any,
+    real: Tensor,
+    real_cond: Any,
+    generator: torch.Generator,
+    share: float,
+) -> dict[str, Any]:
+    """Adds the gradient of the critic's losses (Eqs. 3 and 4) to it and its head.
+
+    Where they share no pass, the discriminator's graph is gone before the denoising's
+    is made: memory holds one of them at a time.
+    """
+    about: Any = (x, cond, real, real_cond)
+    weights: Mapping[str, float] = method.weights
+    if method.settings.shared_critic_pass:
+        loss = SharedCriticLoss(method.critic_loss, method.gan_loss)
+        with method.autocast(x.device):
+            both = loss(*about, critic=critic, generator=generator)
+        losses = {"critic": both.denoising, "discriminator": both.discriminator}
+        backward(losses, weights, share)
+        return losses
+    told = {}
+    if method.settings.gan:
+        with gradients_stay([critic.network]):
+            with method.autocast(x.device):
+                told["discriminator"] = method.gan_loss.discriminator(
+                    *about, discriminator=critic, generator=generator
+                )
+            backward(told, weights, share)
+    with method.autocast(x.device):
+        loss = method.critic_loss(x, cond, denoiser=critic, generator=generator)
+    losses = {"critic": loss}
+    backward(losses, weights, share, head_of(critic.network))
+    return losses | told
 
 
 class Distillation(ABC):
@@ -353,6 +398,14 @@ class Distillation(ABC):
         for name, output in losses.items():
             metrics |= {f"{name}/{key}": v for key, v in output.metrics.items()}
         return metrics
+
+    def rows_of_pictures(self, count: int) -> tuple[Tensor, ...]:
+        """Rows 0 ... count - 1 in batches of the size for which networks are compiled.
+
+        The last goes round to the first rows.
+        """
+        whole_batches = -(-count // self.size) * self.size
+        return (torch.arange(whole_batches) % count).split(self.size)
 
     def draw_rung(self) -> int:
         """Draws the rung of an iteration, the same on all processes."""

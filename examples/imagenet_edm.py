@@ -23,6 +23,7 @@ from distillation import (
     backward,
     check_shared_passes,
     distil,
+    learn_of_samples,
     refusal,
     require_at_least,
     until_interrupted,
@@ -44,7 +45,6 @@ from dmdkit import (
     RegressionLoss,
     RegressionOutput,
     ScoreEstimator,
-    SharedCriticLoss,
     SharedGeneratorLoss,
     frozen,
     load_modules,
@@ -401,24 +401,10 @@ class Method:
         share: float = 1.0,
     ) -> dict[str, Any]:
         """Adds the gradient of the critic's losses to it and its head."""
-        x, critic = x.detach(), networks.critic
-        about: Any = (x, batch.labels, batch.images, batch.image_labels)
-        losses: dict[str, Any] = {}
-        with self.autocast(x.device):
-            if self.settings.shared_critic_pass:
-                shared = SharedCriticLoss(self.critic_loss, self.gan_loss)
-                both = shared(*about, critic=critic, generator=generator)
-                losses["critic"], losses["discriminator"] = both
-            else:
-                losses["critic"] = self.critic_loss(
-                    x, batch.labels, denoiser=critic, generator=generator
-                )
-                if self.settings.gan:
-                    losses["discriminator"] = self.gan_loss.discriminator(
-                        *about, discriminator=critic, generator=generator
-                    )
-        backward(losses, self.weights, share)
-        return losses
+        about = (batch.labels, batch.images, batch.image_labels)
+        return learn_of_samples(
+            self, networks.critic, x.detach(), *about, generator, share
+        )
 
 
 def to_images(pixels: Tensor, device: torch.device) -> Tensor:
@@ -533,18 +519,17 @@ class ImageNetDistillation(Distillation):
         own = torch.Generator(self.device).manual_seed(self.settings.seed)
         drawn = []
         with self.averaged(), self.method.autocast(self.device):
-            for i in range(0, count, self.settings.micro_batch_size):
-                part = slice(i, i + self.settings.micro_batch_size)
-                cond = None if labels is None else labels[part].to(self.device)
+            for rows in self.rows_of_pictures(count):
+                cond = None if labels is None else labels[rows].to(self.device)
                 drawn.append(
                     self.method.simulator.sample(
                         self.networks.student,
-                        noise[part].to(self.device),
+                        noise[rows].to(self.device),
                         cond,
                         generator=own,
                     ).cpu()
                 )
-        return torch.cat(drawn)
+        return torch.cat(drawn)[:count]
 
     def export(self, folder: Path, step: int) -> None:
         """Writes the student as a diffusers folder to sample from."""

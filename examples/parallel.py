@@ -147,11 +147,12 @@ def compile_network(network: nn.Module, *, by_blocks: bool = False) -> None:
     """Compiles a network's calls in place, or those of the blocks that are sharded.
 
     Shapes do not change in a training, so each is compiled for. There is one graph for
-    each kind of call (trained, frozen, without gradients; output, features), and all
-    networks count together: the limit on graphs is raised, for beyond it calls would
-    go uncompiled without a word.
+    each kind of call (trained, frozen, without gradients; output, features), block by
+    block times their shapes, and all networks count together: the limit on graphs is
+    raised, and beyond it is an error, for calls would go uncompiled without a word.
     """
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     parts: list[Any] = [network]
     if by_blocks:
         body = network.network if isinstance(network, NetworkWithHead) else network
@@ -204,6 +205,18 @@ def gradients_stay(networks: list[nn.Module]) -> Iterator[None]:
             if isinstance(network, DistributedDataParallel):
                 stack.enter_context(network.no_sync())
         yield
+
+
+def head_of(network: nn.Module) -> Tensor | float:
+    """Zero, but under DDP as a function of the head's weights.
+
+    DDP waits for a gradient of every weight in the backward that it averages after,
+    and denoising alone does not use the head.
+    """
+    body = plain(network)
+    if body is network or not isinstance(body, NetworkWithHead):
+        return 0.0
+    return 0.0 * sum(p.sum() for p in body.head.parameters())
 
 
 def whole_norm(norm: Tensor) -> Tensor:

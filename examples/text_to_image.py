@@ -4,7 +4,7 @@
 student and critic are three UNets, or one UNet and adapters on it (`--lora`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -17,6 +17,7 @@ from distillation import (
     autocast,
     backward,
     check_shared_passes,
+    learn_of_samples,
     refusal,
     require_at_least,
 )
@@ -53,7 +54,6 @@ from dmdkit import (
     NoisedData,
     RegressionLoss,
     ScoreEstimator,
-    SharedCriticLoss,
     SharedGeneratorLoss,
     frozen,
     load_modules,
@@ -582,25 +582,11 @@ class Method:
         share: float = 1.0,
     ) -> dict[str, Any]:
         """Adds the gradient of the critic's losses to it and its head."""
-        x, critic = x.detach(), networks.critic
-        assert critic is not None
-        about: Any = (x, batch.cond, batch.latents, batch.latent_cond)
-        losses: dict[str, Any] = {}
-        with self.autocast(x.device):
-            if self.settings.shared_critic_pass:
-                shared = SharedCriticLoss(self.critic_loss, self.gan_loss)
-                both = shared(*about, critic=critic, generator=generator)
-                losses["critic"], losses["discriminator"] = both
-            else:
-                losses["critic"] = self.critic_loss(
-                    x, batch.cond, denoiser=critic, generator=generator
-                )
-                if self.settings.gan:
-                    losses["discriminator"] = self.gan_loss.discriminator(
-                        *about, discriminator=critic, generator=generator
-                    )
-        backward(losses, self.weights, share)
-        return losses
+        assert networks.critic is not None
+        about = (batch.cond, batch.latents, batch.latent_cond)
+        return learn_of_samples(
+            self, networks.critic, x.detach(), *about, generator, share
+        )
 
 
 class TextDistillation(Distillation):
@@ -794,17 +780,17 @@ class TextDistillation(Distillation):
         own = torch.Generator(self.device).manual_seed(self.settings.seed)
         drawn = []
         with self.averaged():
-            for part in parts(len(items), self.settings.micro_batch_size):
-                cond = self.condition_of(items[part])
+            for rows in self.rows_of_pictures(len(items)):
+                cond = self.condition_of([items[i] for i in rows])
                 with self.method.autocast(self.device):
                     latents = self.method.simulator.sample(
                         self.networks.student,
-                        noise[part].to(self.device),
+                        noise[rows].to(self.device),
                         cond,
                         generator=own,
                     )
                 drawn.append(decode(self.pipeline.vae, latents).cpu())
-        return torch.cat(drawn)
+        return torch.cat(drawn)[: len(items)]
 
     def shown(self) -> list[Any]:
         """The items of the data whose texts are those of the pictures."""
@@ -879,9 +865,3 @@ class TextDistillation(Distillation):
             f"python examples/sample.py {where} --grid samples.png --prompt-file "
             "examples/prompts/dmd2-figure2.txt"
         )
-
-
-def parts(count: int, size: int) -> Iterator[slice]:
-    """Splits 0 ... count - 1 into batches."""
-    for i in range(0, count, size):
-        yield slice(i, min(i + size, count))

@@ -56,6 +56,7 @@ def report(recipe: str, *options: str) -> dict[str, Any]:
         run.iterate(step)
         if step % CYCLE == CYCLE - 1:
             graphs.append(counter.frame_count)
+            run.samples()
     run.soundness.check()
     return {
         "graphs": graphs,

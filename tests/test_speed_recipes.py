@@ -80,9 +80,9 @@ def calls(run: Distillation) -> Iterator[list[tuple[str, int, int]]]:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), [[2, 2], [2, 0], [2, 2], [2, 0], [2, 0]]),
+        ((), [[2, 2], [2, 0], [2, 0], [2, 0], [2, 2]]),
         (("--shared-critic-pass",), [[2, 2], [2, 0], [4, 2]]),
-        (("--shared-generator-pass",), [[2, 2], [2, 2], [2, 0], [2, 0]]),
+        (("--shared-generator-pass",), [[2, 2], [2, 0], [2, 0], [2, 2]]),
         (("--shared-critic-pass", "--shared-generator-pass"), [[2, 2], [4, 2]]),
     ],
 )
@@ -98,6 +98,27 @@ def test_the_critic_s_passes_of_an_iteration(
     assert names == {"dm", "gan", "critic", "discriminator", "student"}
     assert all(bool(value.isfinite()) for value in metrics.values())
     assert not same(before, weights(run))
+
+
+@recipes
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_critic_has_one_graph_at_a_time(
+    recipe: str, shared: bool, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(recipe, teacher, *["--shared-critic-pass"] * shared)
+    run.iterate(0)
+    events: list[str] = []
+    network = run.trained["critic"].denoiser.network
+    network.register_forward_pre_hook(lambda *_: events.append("call"))
+
+    def noted(losses: Any, *more: Any) -> None:
+        backward(losses, *more)
+        events.extend(losses)
+
+    monkeypatch.setattr("distillation.backward", noted)
+    run.iterate(1)
+    expected = ["call", "call", "discriminator", "call", "critic"]
+    assert events == (["call", "critic", "discriminator"] if shared else expected)
 
 
 @recipes

@@ -198,7 +198,7 @@ def test_times_of_every_term(generator: torch.Generator) -> None:
     method.student_backward(networks, batch, x, generator)
     method.critic_backward(networks, batch, x, generator)
     without, of_teacher = recorder_of(networks.teacher).calls
-    scored, fooled, denoising, fake, real = recorder_of(networks.critic).calls
+    scored, fooled, fake, real, denoising = recorder_of(networks.critic).calls
     # Of 961 and of 1000 places, 20,000 draws leave none out (p < 1e-5).
     assert set(of_teacher["t"].tolist()) == set(range(20, 981))
     for call in (fooled, denoising, fake, real):
@@ -266,7 +266,7 @@ def test_the_critic_s_gradient_is_that_of_the_paper(
     batch = batch_of(5)
     x = method.generate(networks, batch, 2, generator, train=False)
     method.critic_backward(networks, batch, x, generator)
-    denoising, fake, real = recorder_of(networks.critic).calls
+    fake, real, denoising = recorder_of(networks.critic).calls
     factor = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     x_t = denoising["x"].double()

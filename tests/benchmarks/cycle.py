@@ -14,14 +14,21 @@ For each network the file has
 
 - `overhead_ratio`: time of the recipe's cycle over that of its bare passes, and
   `overhead_quartiles`, between which half of the rounds were;
+- `beside_ratio`: time of the recipe's cycle over that of the calls of networks, the
+  backwards and the optimizer steps within it. Both are of one run, so that a noisy
+  machine matters little; it does not see passes that are made in vain, and the losses'
+  own backward, which is small, counts as a pass;
+- `operations_beside`: how many operations PyTorch makes in an iteration outside of
+  those: each is a launch on a GPU;
 - `shared_ratio`: time of a cycle with both shared passes over the default's, and
-  `shared_passes_ratio`, the same of the bare passes; `shared_critic_...`: with the
-  critic's alone;
+  `shared_passes_ratio`, the same of the bare passes; `shared_excess`: the one over
+  that of the passes within it; `shared_critic_...`: with the critic's alone;
 - `passes`: forwards and backwards of encoder and decoder in a cycle, in batches,
   counted by hooks, beside those of the official loop, counted from its source;
 - `peak_bytes`: the most bytes of tensors beside weights and moments in each phase, and
-  a lower `bound`: what autograd keeps for the backward when that begins, or all
-  gradients when it ends, whichever is more.
+  a lower `bound`: what autograd keeps for a backward when that begins, or all
+  gradients when it ends, whichever is more. The critic's losses have a backward each,
+  unless they share a pass.
 
 Ratios are medians of the rounds' own; seconds are medians.
 """
@@ -53,6 +60,7 @@ from plan import phases_counted  # noqa: E402
 from planning import Counter  # noqa: E402
 from text_to_image import TextDistillation  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from dmdkit import (  # noqa: E402
@@ -185,14 +193,53 @@ class Bench:
             concatenate_conditions(self.fake[2], self.real[2]),
         )
         self.seconds: dict[str, float] = {}
+        self.within = 0
+        """How many of the calls that count as passes are going on."""
 
     def iteration(self, mode: str, step: int) -> float:
-        """Seconds of an iteration of the recipe."""
+        """Seconds of an iteration of the recipe; those of its parts are noted."""
         self.run.method = self.methods[mode]
-        with patch.object(self.run, "draw_rung", lambda: self.rungs[step]):
+        self.seconds.clear()
+        with (
+            patch.object(self.run, "draw_rung", lambda: self.rungs[step]),
+            self.parts_timed(),
+        ):
             start = time.process_time()
             self.run.iterate(step)
             return time.process_time() - start
+
+    @contextmanager
+    def parts_timed(self) -> Iterator[None]:
+        """Within it calls of networks, backwards and optimizer steps are timed."""
+
+        def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                self.within += 1
+                with self.timed(name):
+                    answer = call(*args, **kwargs)
+                self.within -= 1
+                return answer
+
+            return run
+
+        parts: list[tuple[Any, str, str]] = [
+            (network, "forward", "forwards")
+            for network in (self.teacher, self.student, self.critic)
+        ]
+        parts += [(Tensor, "backward", "backwards")]
+        for trained in self.run.trained.values():
+            parts += [(trained, name, "optimizers") for name in ("clip", "step")]
+        with ExitStack() as stack:
+            for owner, name, kind in parts:
+                call = timed(kind, getattr(owner, name))
+                stack.enter_context(patch.object(owner, name, call))
+            yield
+
+    def operations_beside(self, step: int) -> int:
+        """Operations of an iteration outside of networks, backwards and optimizers."""
+        with CountBeside(self) as counted:
+            self.iteration("default", step)
+        return counted.operations
 
     def bare_iteration(self, mode: str, step: int) -> float:
         """Seconds of its passes and optimizer steps alone."""
@@ -208,7 +255,8 @@ class Bench:
                 trained["student"].clip()
                 trained["student"].step()
         with self.timed("critic"):
-            self.of_critic("shared_critic_pass" in shares).backward()
+            for loss in self.of_critic("shared_critic_pass" in shares):
+                loss().backward()
         with self.timed("optimizers"):
             trained["critic"].clip()
             trained["critic"].step()
@@ -243,16 +291,22 @@ class Bench:
             self.critic(x, t, cond)
         return self.critic(x, t, cond, want=("logits",)).logits.mean()
 
-    def of_critic(self, shared: bool) -> Tensor:
-        """The passes of the critic's losses, as one number to backpropagate."""
-        if shared:
+    def of_critic(self, shared: bool) -> list[Callable[[], Tensor]]:
+        """The passes of the critic's losses, as numbers to backpropagate in turn."""
+
+        def both() -> Tensor:
             wanted: dict[str, Any] = {"want": ("output", "logits")}
             given = self.critic(*self.both, **wanted, outputs=len(self.fake[0]))
             return given.output.mean() + given.logits.mean()
-        total = self.critic(*self.fake).mean()
-        for given in (self.fake, self.real):
-            total = total + self.critic(*given, want=("logits",)).logits.mean()
-        return total
+
+        def tell() -> Tensor:
+            fake, real = (
+                self.critic(*given, want=("logits",)).logits.mean()
+                for given in (self.fake, self.real)
+            )
+            return fake + real
+
+        return [both] if shared else [tell, lambda: self.critic(*self.fake).mean()]
 
     def passes(self, mode: str) -> dict[str, float]:
         """Counts what encoders and decoders do in the recipe's own cycle."""
@@ -322,8 +376,8 @@ class Bench:
             _, gan = saved(
                 self.critic, lambda: self.of_student(given, shared in shares)
             )
-        shared = "shared_critic_pass" in shares
-        _, critic = saved(self.critic, lambda: self.of_critic(shared))
+        terms = self.of_critic("shared_critic_pass" in shares)
+        critic = max(saved(self.critic, term)[1] for term in terms)
         gradients = {
             name: sum(4 * p.numel() for p in part.denoiser.parameters())
             for name, part in self.run.trained.items()
@@ -337,6 +391,21 @@ class Bench:
             name: {"peak": phases[name].peak - kept, "bound": bound}
             for name, bound in bounds.items()
         }
+
+
+class CountBeside(TorchDispatchMode):
+    """Counts operations that are no part of a pass."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.bench, self.operations = bench, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not self.bench.within:
+            self.operations += 1
+        return func(*args, **(kwargs or {}))
 
 
 def saved(network: nn.Module, call: Callable[[], Tensor]) -> tuple[Tensor, int]:
@@ -363,7 +432,12 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     peaks = {mode: bench.peaks(mode) for mode in MODES}
     cycles: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
     bare: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
+    within: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
     parts: list[dict[str, float]] = [{} for _ in range(rounds)]
+    operations = {
+        name: bench.operations_beside(step)
+        for name, step in (("student_turn", 0), ("critic_turn", 1))
+    }
     kinds = [(bare, bench.bare_iteration), (cycles, bench.iteration)]
     order = [(mode, *kind) for mode in MODES for kind in kinds]
     for i in tqdm(range(rounds), desc=name, unit="round"):
@@ -371,7 +445,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             random.shuffle(order)
             for mode, seconds, make in order:
                 seconds[mode][i] += make(mode, step)
-                if mode == "default" and seconds is bare:
+                if seconds is cycles:
+                    within[mode][i] += sum(bench.seconds.values())
+                elif mode == "default":
                     for part, taken in bench.seconds.items():
                         parts[i][part] = parts[i].get(part, 0) + taken
 
@@ -392,8 +468,16 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "overhead_quartiles": quartiles(usual, usual_bare)[::2],
         "overhead_ratio_shared": ratio(cycles["shared"], bare["shared"]),
         "overhead_quartiles_shared": quartiles(cycles["shared"], bare["shared"])[::2],
+        "beside_ratio": ratio(usual, within["default"]),
+        "beside_quartiles": quartiles(usual, within["default"])[::2],
+        "beside_ratio_shared": ratio(cycles["shared"], within["shared"]),
+        "operations_beside": operations,
         "shared_ratio": ratio(cycles["shared"], usual),
         "shared_passes_ratio": ratio(bare["shared"], usual_bare),
+        "shared_excess": ratio(
+            [a / b for a, b in zip(cycles["shared"], usual, strict=True)],
+            [a / b for a, b in zip(within["shared"], within["default"], strict=True)],
+        ),
         "shared_critic_ratio": ratio(cycles["shared_critic"], usual),
         "shared_critic_passes_ratio": ratio(bare["shared_critic"], usual_bare),
         "seconds": {
