@@ -28,6 +28,7 @@ from distillation import (
     require_at_least,
     until_interrupted,
 )
+from parallel import gradients_stay
 from runs import device_of, open_lpips, option, parse, require_checkpoint
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -354,7 +355,7 @@ class Method:
     ) -> dict[str, Any]:
         """Adds the gradient of the student's losses to it (Eqs. 2, 3 and 4)."""
         settings, critic, losses = self.settings, networks.critic, {}
-        with frozen(critic.network):
+        with frozen(critic.network), gradients_stay([critic.network]):
             with self.autocast(x.device):
                 if settings.shared_generator_pass:
                     both = SharedGeneratorLoss(self.dm_loss)(

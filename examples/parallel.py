@@ -197,8 +197,9 @@ def plain(network: nn.Module) -> nn.Module:
 def gradients_stay(networks: list[nn.Module]) -> Iterator[None]:
     """Within it, backwards add up gradients on each process, without averaging.
 
-    For all parts of an accumulated batch but the last. FSDP2 averages every part: the
-    sum is the same, and whole gradients would need the memory that it saves.
+    For every backward of an update but the last, and where a network is frozen, as a
+    call outside has DDP wait for gradients. FSDP2 averages each time: the sum is the
+    same, and whole gradients would need the memory that it saves.
     """
     with ExitStack() as stack:
         for network in networks:

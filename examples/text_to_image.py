@@ -29,6 +29,7 @@ from embeddings import (
     encoders_digest,
     text_of,
 )
+from parallel import gradients_stay
 from runs import device_of, open_lpips, option, require_checkpoint
 from text_models import (
     LatentSpace,
@@ -547,7 +548,7 @@ class Method:
             backward(losses, self.weights, share)
             return losses
         assert critic is not None
-        with frozen(critic.network):
+        with frozen(critic.network), gradients_stay([critic.network]):
             with self.autocast(x.device):
                 if settings.shared_generator_pass:
                     both = SharedGeneratorLoss(self.dm_loss)(
