@@ -80,11 +80,11 @@ class FakeDDP(nn.Module):
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within it gradients stay on each process."""
-        self.averages = False
+        before, self.averages = self.averages, False
         try:
             yield
         finally:
-            self.averages = True
+            self.averages = before
 
 
 _mesh_of = parallel.mesh_of
