@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from study.tables import COLUMNS, NAMES, Results, label
+from study.tables import COLUMNS, TABLES, Results, label
 
 mpl.use("Agg")
 
@@ -112,8 +112,9 @@ def spaced(grid: Any) -> Any:
 
 def figure_samples(folder: Path, data: str, path: Path) -> None:
     """Sample grids of the first seed, side by side."""
+    cells = dict.fromkeys(cell for cells in TABLES.values() for cell in cells)
     shown = [
-        cell for cell in NAMES if (folder / "samples" / f"{data}_{cell}.png").is_file()
+        cell for cell in cells if (folder / "samples" / f"{data}_{cell}.png").is_file()
     ]
     columns = 3
     rows = -(-len(shown) // columns)

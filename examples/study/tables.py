@@ -60,11 +60,15 @@ TABLES: dict[str, tuple[str, ...]] = {
     "3": (
         "untrained",
         "dmd",
+        "dmd-tuned",
         "no-regression",
+        "no-regression-tuned",
         "ttur",
         "dmd2",
         "gan-alone",
+        "gan-alone-tuned",
         "gan-ttur",
+        "gan-ttur-tuned",
     ),
     "4": (
         "teacher-guided-35",
@@ -202,9 +206,10 @@ def cell_text(values: Sequence[float], digits: int) -> str:
 
 def label(cell: str) -> str:
     """What tables and pictures call a row."""
+    name = NAMES[cell.removesuffix("-tuned")]
     if cell in CELLS and CELLS[cell].learning_rate != LEARNING_RATE:
-        return f"{NAMES[cell]}, learning rate {CELLS[cell].learning_rate:g}"
-    return NAMES[cell]
+        return f"{name}, learning rate {CELLS[cell].learning_rate:g}"
+    return name
 
 
 def table(results: Results, data: str, name: str) -> str:
@@ -222,7 +227,7 @@ def table(results: Results, data: str, name: str) -> str:
             cell_text(results.values(data, cell, column), COLUMNS[column][1])
             for column in columns
         ]
-        numbers += [reported.get(cell, "")] * bool(paper)
+        numbers += [reported.get(cell.removesuffix("-tuned"), "")] * bool(paper)
         lines.append("| " + " | ".join([label(cell), str(seeds), *numbers]) + " |")
     return "\n".join(lines) if len(lines) > 2 else "*Not trained yet.*"
 
