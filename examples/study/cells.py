@@ -67,6 +67,7 @@ def _cells() -> tuple[Cell, ...]:
     ttur = Cell("ttur", ("3", "8", "9", "B"), gan_weight=0.0)
     alone = Cell("gan-alone", ("3",), critic_steps=1, distribution_matching=False)
     four = Cell("four-step", ("4",), steps=4, guidance=GUIDANCE)
+    no_dm = replace(four, name="four-step-no-dm", distribution_matching=False)
     slow: dict[str, Any] = {"tables": ("3",), "learning_rate": SLOW_RATE}
     naive = replace(ttur, name="no-regression", tables=("3", "8", "9"), critic_steps=1)
     dmd = replace(
@@ -85,7 +86,8 @@ def _cells() -> tuple[Cell, ...]:
         replace(alone, name="gan-ttur-tuned", critic_steps=5, **slow),
         four,
         replace(four, name="four-step-no-gan", gan_weight=0.0),
-        replace(four, name="four-step-no-dm", distribution_matching=False),
+        no_dm,
+        replace(no_dm, name="four-step-no-dm-tuned", learning_rate=SLOW_RATE),
         replace(four, name="four-step-no-simulation", backward_simulation=False),
         Cell("dmd2-longer", ("1",), pretraining=2.0, budgets=0.75),
         replace(ttur, name="ratio-10", tables=("8", "9"), critic_steps=10),

@@ -75,6 +75,7 @@ TABLES: dict[str, tuple[str, ...]] = {
         "untrained-four-step",
         "four-step-no-gan",
         "four-step-no-dm",
+        "four-step-no-dm-tuned",
         "four-step-no-simulation",
         "four-step",
     ),
