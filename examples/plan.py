@@ -61,7 +61,10 @@ class Settings:
     """What a device reaches, in 10^12 FLOPs a second: 40 % of an H100's peak in
     bf16."""
     bandwidth: float = 50.0
-    """What a process can send, in GB a second: a 400 Gbit/s network."""
+    """What a process can send to other machines, in GB a second: a 400 Gbit/s
+    network."""
+    local_bandwidth: float = 300.0
+    """What it can send within its machine: NVLink."""
     price: float = 3.0
     """Of a device for an hour."""
     json: Path | None = None
@@ -75,9 +78,10 @@ class Settings:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise SystemExit(f"--{flag} {getattr(self, name)}: expected >= 1.")
-        for name in ("tflops", "bandwidth", "price"):
+        for name in ("tflops", "bandwidth", "local_bandwidth", "price"):
             if not getattr(self, name) > 0:
-                raise SystemExit(f"--{name} {getattr(self, name)}: expected > 0.")
+                flag = name.replace("_", "-")
+                raise SystemExit(f"--{flag} {getattr(self, name)}: expected > 0.")
 
     def check(self, strategy: str) -> None:
         """Refuses numbers of processes that a strategy cannot have."""
@@ -97,6 +101,7 @@ class Phase:
 
     flops: list[float] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)
+    sent_far: list[float] = field(default_factory=list)
     peak: int = 0
     """Most bytes that were live in any of them."""
 
@@ -113,12 +118,12 @@ def phases_counted(run: Distillation, counter: Counter) -> Iterator[dict[str, Ph
 
     def counted(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            flops, sent, before = counter.flops, counter.sent, counter.at_peak
+            counts, before = counter.counts(), counter.at_peak
             counter.restart()
             output = own(*args, **kwargs)
             phase = phases[name]
-            phase.flops.append(counter.flops - flops)
-            phase.sent.append(counter.sent - sent)
+            for kind, count in counter.counts().items():
+                getattr(phase, kind).append(count - counts[kind])
             phase.peak = max(phase.peak, counter.peak)
             if sum(before.values()) > counter.peak:
                 counter.at_peak = before
@@ -214,9 +219,9 @@ def _generation(run: Distillation, counter: Counter) -> dict[str, dict[str, floa
     """What samples without gradients take, and what every simulated call adds."""
     batch, taken = run.draw(), []
     for rung in range(min(2, len(run.method.simulator.times))):
-        flops, sent = counter.flops, counter.sent
+        before = counter.counts()
         run.method.generate(run.networks, batch, rung, run.generator, train=False)
-        taken.append({"flops": counter.flops - flops, "sent": counter.sent - sent})
+        taken.append({k: v - before[k] for k, v in counter.counts().items()})
     once = taken[0]
     return {"once": once, "more": {k: taken[-1][k] - once[k] for k in once}}
 
@@ -244,23 +249,28 @@ def _cycle(
             "critic": critics * learnt,
         }
 
-    flops, sent = total("flops"), total("sent")
+    flops = total("flops")
+    sent, far = (sum(total(name).values()) for name in ("sent", "sent_far"))
     return {
         "flops_per_cycle": sum(flops.values()),
         "flops_by_phase": flops,
-        "communication_gib_per_cycle": sum(sent.values()) / GIB,
+        "communication_gib_per_cycle": sent / GIB,
+        "communication_gib_between_machines": far / GIB,
     }
 
 
 def _cost(settings: Any, given: Settings, cycle: dict[str, Any]) -> dict[str, Any]:
     """Time and price at the stated rates; computing and sending do not overlap."""
     computing = cycle["flops_per_cycle"] / (given.tflops * 1e12)
-    sending = cycle["communication_gib_per_cycle"] * GIB / (given.bandwidth * 1e9)
+    far = cycle["communication_gib_between_machines"]
+    near = cycle["communication_gib_per_cycle"] - far
+    sending = GIB / 1e9 * (far / given.bandwidth + near / given.local_bandwidth)
     iteration = (computing + sending) / settings.critic_steps
     hours = iteration * settings.iterations / 3600
     return {
         "tflops": given.tflops,
         "bandwidth_gb_per_second": given.bandwidth,
+        "local_bandwidth_gb_per_second": given.local_bandwidth,
         "seconds_computing_per_cycle": computing,
         "seconds_sending_per_cycle": sending,
         "seconds_per_iteration": iteration,
@@ -324,6 +334,9 @@ def show(plan: dict[str, Any], given: Settings) -> None:
     ]
     lines += [
         ("sent in a cycle", f"{plan['communication_gib_per_cycle']:.2f} GiB"),
+        ("  between machines", f"{plan['communication_gib_between_machines']:.2f} GiB"),
+        ("time of a cycle, computing", f"{plan['seconds_computing_per_cycle']:.3g} s"),
+        ("  sending", f"{plan['seconds_sending_per_cycle']:.3g} s"),
         ("time of an iteration", f"{plan['seconds_per_iteration']:.3g} s"),
         (
             "whole run",
@@ -335,8 +348,9 @@ def show(plan: dict[str, Any], given: Settings) -> None:
     for name, value in lines:
         print(f"{name:<34}{value}")
     print(
-        f"Time at {given.tflops:g} TFLOP/s and {given.bandwidth:g} GB/s a device, "
-        f"computing and sending one after the other; cost at {given.price:g} an hour."
+        f"Time at {given.tflops:g} TFLOP/s a device, {given.bandwidth:g} GB/s between "
+        f"machines and {given.local_bandwidth:g} within, computing and sending one "
+        f"after the other; cost at {given.price:g} an hour."
     )
     own, usual = plan["batch_size"], plan["preset_batch_size"]
     if own != usual:

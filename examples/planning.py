@@ -173,6 +173,8 @@ BY_SHAPE = (_attention, _attention_backward)
 class Counter(TorchDispatchMode):
     """Counts the live bytes of tensors by category, their peak, FLOPs, what is sent.
 
+    `sent` is all that a process sends, `sent_far` what goes between machines.
+
     What is allocated while gradients are recorded counts as activation until it is
     freed, all else as temporary, unless it is put into another category.
     """
@@ -181,7 +183,7 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.live: dict[Category, int] = dict.fromkeys(CATEGORIES, 0)
         self.at_peak = dict(self.live)
-        self.sent, self.flops = 0.0, 0.0
+        self.sent, self.sent_far, self.flops = 0.0, 0.0, 0.0
         self._bytes: dict[int, int] = {}
         self._category: dict[int, Category] = {}
         self._references: dict[int, weakref.ref[Any]] = {}
@@ -190,6 +192,11 @@ class Counter(TorchDispatchMode):
     def peak(self) -> int:
         """The most bytes that were live at once."""
         return sum(self.at_peak.values())
+
+    def counts(self) -> dict[str, float]:
+        """What only grows."""
+        names = ("flops", "sent", "sent_far")
+        return {name: getattr(self, name) for name in names}
 
     def restart(self) -> None:
         """Forgets the peak."""
@@ -241,7 +248,11 @@ class Counter(TorchDispatchMode):
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
-            self.sent += _sent_by(func, args)
+            group = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
+            ranks = _ranks_of(group)
+            sent = _sent_by(func, args, len(ranks))
+            self.sent += sent
+            self.sent_far += sent * _leave_a_machine(ranks)
         self.flops += _flops_of(func, args, kwargs or {}, output)
         category: Category = "temporaries"
         if torch.is_grad_enabled():
@@ -271,8 +282,8 @@ def _flops_of(func: Any, args: Any, kwargs: Any, output: Any) -> int:
     return formula(*args, **kwargs, out_val=output)
 
 
-def _sent_by(func: Any, args: Any) -> float:
-    """Bytes that a process sends in a collective, by rings.
+def _sent_by(func: Any, args: Any, ranks: int) -> float:
+    """Bytes that a process sends in a collective of so many, by rings.
 
     Of R processes each sends (R - 1) / R of the whole tensor to gather or to reduce and
     scatter it, and twice that to reduce it everywhere (Patarasuk and Yuan 2009).
@@ -280,8 +291,6 @@ def _sent_by(func: Any, args: Any) -> float:
     name = func._opname
     tensors = [a for a in tree_leaves(args[:2]) if isinstance(a, Tensor)]
     sizes = [t.numel() * t.element_size() for t in tensors]
-    group = next((a for a in args if isinstance(a, torch.ScriptObject)), None)
-    ranks = _group_size(group)
     share = (ranks - 1) / ranks
     if "allreduce" in name:
         return 2 * share * sum(sizes)
@@ -290,10 +299,18 @@ def _sent_by(func: Any, args: Any) -> float:
     return 0.0
 
 
-def _group_size(group: Any) -> int:
+def _ranks_of(group: Any) -> list[int]:
+    """The processes of a group; of the default one if it is None."""
     if group is None:
-        return distributed.get_world_size()
-    return distributed.ProcessGroup.unbox(group).size()
+        return list(range(distributed.get_world_size()))
+    unboxed = distributed.ProcessGroup.unbox(group)
+    return distributed.get_process_group_ranks(unboxed)
+
+
+def _leave_a_machine(ranks: list[int]) -> bool:
+    """Whether processes are of several machines, by their numbers."""
+    own = int(os.environ.get("LOCAL_WORLD_SIZE", len(ranks)))
+    return len({rank // own for rank in ranks}) > 1
 
 
 @contextmanager

@@ -121,6 +121,9 @@ def test_ddp_sends_the_gradients_once_an_update(teacher: Path) -> None:
         2 * 3 / 4 * 4 * trained, rel=1e-3
     )
     assert found["strategy"] == "ddp"
+    assert found["communication_gib_between_machines"] == 0
+    sent = found["communication_gib_per_cycle"] * GIB
+    assert found["seconds_sending_per_cycle"] == pytest.approx(sent / 300e9)
 
 
 def test_the_stand_in_for_ddp_keeps_what_ddp_keeps() -> None:
@@ -166,6 +169,13 @@ def test_shards_take_a_share_of_the_memory(teacher: Path) -> None:
     )
     ratio = hybrid["by_category"]["weights"] / one["by_category"]["weights"]
     assert ratio == pytest.approx(1 / 2, rel=0.01)
+    # Machines average shards of gradients; weights are gathered within each of them.
+    sent = hybrid["communication_gib_per_cycle"]
+    far = hybrid["communication_gib_between_machines"]
+    assert 0 < far < sent / 2
+    seconds = GIB * (far / 50e9 + (sent - far) / 300e9)
+    assert hybrid["seconds_sending_per_cycle"] == pytest.approx(seconds)
+    assert four["communication_gib_between_machines"] == 0
 
 
 def test_the_command(

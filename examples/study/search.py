@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 SEED = 100
 BETTER = 0.75
-RATES = (2e-5, 1e-4, LEARNING_RATE)
+RATES = (4e-6, 2e-5, 1e-4, LEARNING_RATE)
 SEARCHED = (
     "dmd2",
     "ttur",
@@ -37,6 +37,7 @@ SEARCHED = (
     "dmd",
     "gan-alone",
     "gan-ttur",
+    "four-step",
     "four-step-no-dm",
 )
 REGRESSION_WEIGHTS = (1.0, 4.0, 16.0)
