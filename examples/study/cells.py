@@ -13,8 +13,6 @@ REGRESSION_WEIGHT = 0.25
 """Of DMD's regression loss (DMD, section 4.3, where it is of LPIPS)."""
 LEARNING_RATE = 5e-4
 """Of student and critic, chosen for the full method (`search.py`)."""
-SLOW_RATE = 2e-5
-"""What cells without TTUR, or without distribution matching, train better with."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ def _cells() -> tuple[Cell, ...]:
     alone = Cell("gan-alone", ("3",), critic_steps=1, distribution_matching=False)
     four = Cell("four-step", ("4",), steps=4, guidance=GUIDANCE)
     no_dm = replace(four, name="four-step-no-dm", distribution_matching=False)
-    slow: dict[str, Any] = {"tables": ("3",), "learning_rate": SLOW_RATE}
+    slow: dict[str, Any] = {"tables": ("3",), "learning_rate": 2e-5}
+    slower: dict[str, Any] = {**slow, "learning_rate": 4e-6}
     naive = replace(ttur, name="no-regression", tables=("3", "8", "9"), critic_steps=1)
     dmd = replace(
         naive, name="dmd", tables=("3", "9"), regression_weight=REGRESSION_WEIGHT
@@ -82,12 +81,12 @@ def _cells() -> tuple[Cell, ...]:
         replace(alone, name="gan-ttur", critic_steps=5),
         replace(naive, name="no-regression-tuned", **slow),
         replace(dmd, name="dmd-tuned", **slow),
-        replace(alone, name="gan-alone-tuned", **slow),
+        replace(alone, name="gan-alone-tuned", **slower),
         replace(alone, name="gan-ttur-tuned", critic_steps=5, **slow),
         four,
         replace(four, name="four-step-no-gan", gan_weight=0.0),
         no_dm,
-        replace(no_dm, name="four-step-no-dm-tuned", learning_rate=SLOW_RATE),
+        replace(no_dm, name="four-step-no-dm-tuned", learning_rate=4e-6),
         replace(four, name="four-step-no-simulation", backward_simulation=False),
         Cell("dmd2-longer", ("1",), pretraining=2.0, budgets=0.75),
         replace(ttur, name="ratio-10", tables=("8", "9"), critic_steps=10),
