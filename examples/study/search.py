@@ -2,10 +2,10 @@
 
     python examples/study/search.py
 
-Every cell named here is trained at several learning rates, and DMD at several weights
-of its regression as well. A cell keeps the rate of the full method unless another one
-of these ends at least a quarter nearer to the training images (`BETTER`); then
-`cells.py` has it a second time, at the best of them. The same command resumes.
+Every cell named here is trained at several learning rates. A cell keeps the rate of the
+full method unless another one of these ends at least a quarter nearer to the training
+images (`BETTER`); then `cells.py` has it a second time, at the best of them. The same
+command resumes.
 """
 
 import multiprocessing
@@ -40,11 +40,9 @@ SEARCHED = (
     "four-step",
     "four-step-no-dm",
 )
-REGRESSION_WEIGHTS = (1.0, 4.0, 16.0)
-"""Of DMD's regression, beside that of the paper; at the full method's rate."""
 COLUMNS = (
-    "data,cell,learning_rate,regression_weight,seed,budget,frechet,frechet_held_out,"
-    "precision,recall,accuracy,generator_updates,seconds,commit"
+    "data,cell,learning_rate,seed,budget,frechet,frechet_held_out,precision,recall,"
+    "accuracy,generator_updates,seconds,commit"
 ).split(",")
 
 
@@ -65,17 +63,11 @@ class Settings:
 
 def trials_of(settings: Settings) -> list[Cell]:
     """Every variant to train."""
-    trials = [
+    return [
         replace(CELLS[name], learning_rate=rate)
         for name in settings.cells
         for rate in settings.rates
     ]
-    if "dmd" in settings.cells:
-        trials += [
-            replace(CELLS["dmd"], regression_weight=weight)
-            for weight in REGRESSION_WEIGHTS
-        ]
-    return trials
 
 
 def key_of(data: str, cell: Cell, budget: int) -> dict[str, str]:
@@ -84,7 +76,6 @@ def key_of(data: str, cell: Cell, budget: int) -> dict[str, str]:
         "data": data,
         "cell": cell.name,
         "learning_rate": f"{cell.learning_rate:g}",
-        "regression_weight": f"{cell.regression_weight:g}",
         "seed": str(SEED),
         "budget": str(budget),
     }
@@ -128,9 +119,8 @@ def main(settings: Settings) -> None:
             row = {**dict(waiting[made]), **made.result(), "commit": commit}
             append(path, COLUMNS, [row])
             tqdm.write(
-                f"{row['cell']}, learning rate {row['learning_rate']}, regression "
-                f"{row['regression_weight']}: Frechet distance {row['frechet']}, "
-                f"recall {row['recall']}"
+                f"{row['cell']}, learning rate {row['learning_rate']}: Frechet "
+                f"distance {row['frechet']}, recall {row['recall']}"
             )
     print(f"Wrote {path}.")
 

@@ -259,15 +259,11 @@ def search_table(results: Results) -> str:
         "| | " + " | ".join(f"{rate}" for rate in rates) + " |",
         "|" + " --- |" * (len(rates) + 1),
     ]
-    found = {
-        (r["cell"], r["regression_weight"], r["learning_rate"]): r["frechet"]
-        for r in rows
-    }
-    for cell, weight in dict.fromkeys((cell, weight) for cell, weight, _ in found):
-        numbers = [found.get((cell, weight, rate), "") for rate in rates]
-        name = NAMES[cell] + f", weight {weight}" * (weight != "0")
-        shown = [f"{float(x):.3f}" if x else "" for x in numbers]
-        lines.append("| " + " | ".join([name, *shown]) + " |")
+    found = {(r["cell"], r["learning_rate"]): float(r["frechet"]) for r in rows}
+    for cell in NAMES:
+        if (cell, rates[0]) in found:
+            numbers = [f"{found[cell, rate]:.3f}" for rate in rates]
+            lines.append("| " + " | ".join([NAMES[cell], *numbers]) + " |")
     return "\n".join(lines)
 
 
