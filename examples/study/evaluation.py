@@ -1,7 +1,7 @@
 """What is measured of samples in the study, the same for every cell and teacher."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from study.datasets import Data, balanced_labels
@@ -86,9 +86,10 @@ class Evaluator:
         """The Frechet distance to the training images."""
         return frechet_distance(self._statistics(self._features(images)), self.train)
 
-    def measure(self, images: Tensor) -> Measured:
-        """Every number of class-balanced samples."""
-        labels = balanced_labels(self.data, len(images))
+    def measure(self, images: Tensor, labels: Tensor | None = None) -> Measured:
+        """Every number of samples; without labels they are class-balanced."""
+        if labels is None:
+            labels = balanced_labels(self.data, len(images))
         features = self._features(images)
         statistics = self._statistics(features)
         with torch.no_grad():
@@ -113,12 +114,16 @@ class Evaluator:
             brightness=images.mean().item(),
         )
 
-    def held_out_by_class(self) -> Tensor:
-        """Held-out images, as many of each class, in the order of `measure`."""
+    def measure_held_out(self) -> Measured:
+        """Every number of the held-out images, but their distance to themselves."""
+        measured = self.measure(self.held_out_images, self.held_out_labels)
+        return replace(measured, frechet_held_out=None)
+
+    def held_out_by_class(self, rows: int) -> Tensor:
+        """The first held-out images of each class, in the order of samples."""
         images, labels = self.held_out_images, self.held_out_labels
-        count = min(int(labels.bincount().min()), SAMPLES // self.data.classes)
-        rows = [(labels == c).nonzero()[:count, 0] for c in range(self.data.classes)]
-        return images[torch.stack(rows, 1).flatten()]
+        columns = [images[labels == c][:rows] for c in range(self.data.classes)]
+        return torch.stack(columns, 1).flatten(0, 1)
 
     def nearest(self, images: Tensor) -> float:
         """The mean distance to the nearest training image, of the first samples."""

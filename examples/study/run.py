@@ -106,8 +106,8 @@ def perform(task: Task) -> dict[str, Any]:
     evaluator = _evaluator(data)
     trained = None
     if task.cell == HELD_OUT:
-        images = evaluator.held_out_by_class()
-        measured = replace(evaluator.measure(images), frechet_held_out=None)
+        images = evaluator.held_out_by_class(GRID_ROWS)
+        measured = evaluator.measure_held_out()
     else:
         if task.cell in TEACHERS:
             draw = draw_teacher(data, TEACHERS[task.cell])
