@@ -250,7 +250,7 @@ def learn_of_samples(
     critic: ScoreEstimator,
     x: Tensor,
     cond: Any,
-    real: Tensor,
+    real: Tensor | None,
     real_cond: Any,
     generator: torch.Generator,
     share: float,

@@ -49,11 +49,11 @@ def _draw(
 
 def figure_8(results: Results, data: str, path: Path) -> None:
     """Brightness over training at several numbers of critic updates."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(10, 4))
     cells = ("no-regression", "asynchronous", "dmd", "ttur", "ratio-10")
     _draw(axes, results, data, cells, "critic_updates", "brightness")
     axes.set(xlabel="critic updates", ylabel="brightness of samples")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.grid(alpha=0.3)
     _save(figure, path)
 
