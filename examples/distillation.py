@@ -255,7 +255,7 @@ def learn_of_samples(
     generator: torch.Generator,
     share: float,
 ) -> dict[str, Any]:
-    """Adds the gradient of the critic's losses (Eqs. 3 and 4) to it and its head.
+    """Adds the gradient of denoising and GAN loss (Eq. 4) to the critic and its head.
 
     Where they share no pass, the discriminator's graph is gone before the denoising's
     is made: memory holds one of them at a time.

@@ -421,6 +421,12 @@ def test_a_dry_run_names_what_is_left_and_trains_nothing(
     assert not (tmp_path / "results.csv").exists()
 
 
+def test_as_many_seeds_as_are_named_and_one_of_real_images() -> None:
+    settings = run.Settings(data=("digits",), cells=("ttur", "held-out"), seeds=7)
+    seeds = [(task.cell, task.seed) for task in run.tasks_of(settings)]
+    assert sorted(seeds) == [("held-out", 1), *(("ttur", i) for i in range(1, 8))]
+
+
 def test_fashion_has_tables_1_and_3_alone() -> None:
     trained = {cell.name.removesuffix("-tuned") for cell in cells_of("fashion")}
     rows = {name.removesuffix("-tuned") for name in TABLES["3"] if name in CELLS}

@@ -84,7 +84,7 @@ def tasks_of(settings: Settings) -> list[Task]:
             if cell not in names_of(name):
                 continue
             budget = settings.budget if cell in CELLS else 0
-            seeds = seeds_of(name, cell)[: settings.seeds]
+            seeds = seeds_of(name, cell, settings.seeds)
             tasks += [Task(name, cell, seed, budget) for seed in seeds]
     return sorted(tasks, key=lambda task: task.seed)
 

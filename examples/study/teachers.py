@@ -84,9 +84,9 @@ def names_of(data: str) -> tuple[str, ...]:
     return (HELD_OUT, *drawn, *(cell.name for cell in cells_of(data)))
 
 
-def seeds_of(data: str, name: str) -> range:
-    """The seeds of a row, from 1; real images have one."""
-    return range(1, 2 if name == HELD_OUT else SEEDS[data] + 1)
+def seeds_of(data: str, name: str, seeds: int | None = None) -> range:
+    """The seeds of a row, from 1: as many as are named, but one of real images."""
+    return range(1, 2 if name == HELD_OUT else (seeds or SEEDS[data]) + 1)
 
 
 def table_of(name: str) -> str:
