@@ -89,7 +89,5 @@ def condition(
     parts = {k: v.to(device, non_blocking=True).float() for k, v in embedding.items()}
     if "pooled" not in parts:
         return TextCondition(parts["text"])
-    ids = sdxl_time_ids(len(parts["text"]), resolution)
-    if device.type == "cuda":
-        ids = ids.pin_memory().to(device, non_blocking=True)
+    ids = sdxl_time_ids(len(parts["text"]), resolution, device)
     return TextPooledCondition(parts["text"], parts["pooled"], ids)

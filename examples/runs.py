@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -512,10 +513,10 @@ class Best:
 
 
 class Durations:
-    """Seconds an iteration of each kind took in this process, or on its GPU."""
+    """Seconds of the last thousand iterations of each kind, here or on the GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, list[float]] = {}
+        self.seconds: dict[str, deque[float]] = {}
         self._on_gpu = device.type == "cuda"
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -535,7 +536,7 @@ class Durations:
         self._add(kind, time.perf_counter() - began)
 
     def _add(self, kind: str, seconds: float) -> None:
-        self.seconds.setdefault(kind, []).append(seconds)
+        self.seconds.setdefault(kind, deque(maxlen=1000)).append(seconds)
 
     def medians(self) -> dict[str, float]:
         """The median of each kind; waits for the GPU."""

@@ -20,7 +20,7 @@ import torch
 from distillation import Distillation, backward
 from helpers_recipes import save_digit_images, save_digits_teacher
 from helpers_speed import FAST, build
-from runs import Soundness, parse
+from runs import Durations, Soundness, parse
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -293,6 +293,16 @@ def test_soundness_names_the_first_and_forgets_what_was_sound() -> None:
             sound.check()
     with pytest.raises(NonFiniteError, match="iteration 3: the gradient of the stud"):
         sound.check()
+
+
+def test_medians_of_times_are_of_the_last_thousand_iterations() -> None:
+    durations = Durations(torch.device("cpu"))
+    clock = iter([t for i in range(2000) for t in (0.0, 1.0 if i < 1000 else 3.0)])
+    with patch("runs.time.perf_counter", lambda: next(clock)):
+        for _ in range(2000):
+            with durations.of("critic_turn"):
+                pass
+    assert durations.medians() == {"critic_turn": 3.0}
 
 
 # Nothing is read back within an iteration.
