@@ -313,6 +313,18 @@ def test_a_cell_has_its_own_rate_where_the_search_found_a_better_one() -> None:
     assert max(SEEDS.values()) < search.SEED
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cells": ("dmd3",)}, "--cells dmd3: expected some of"),
+        ({"budget": 0}, "--budget 0: expected >= 1"),
+    ],
+)
+def test_a_search_refuses(options: dict[str, object], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        search.Settings(**options)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.usefixtures("small")
 def test_a_search_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

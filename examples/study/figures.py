@@ -21,7 +21,6 @@ COLOURS = {
     "ratio-10": "tab:pink",
     "asynchronous": "tab:cyan",
     "dmd": "tab:blue",
-    "dmd2": "black",
 }
 
 

@@ -60,6 +60,16 @@ class Settings:
     out: Path = Path("runs/study")
     """Where search.csv goes."""
 
+    def __post_init__(self) -> None:
+        """Refuses what cannot run."""
+        for name in ("budget", "workers"):
+            if getattr(self, name) < 1:
+                raise SystemExit(f"--{name} {getattr(self, name)}: expected >= 1.")
+        for name in self.cells:
+            if name not in CELLS:
+                known = ", ".join(sorted(CELLS))
+                raise SystemExit(f"--cells {name}: expected some of {known}.")
+
 
 def trials_of(settings: Settings) -> list[Cell]:
     """Every variant to train."""
