@@ -187,12 +187,18 @@ def latent_space(
     return LatentSpace(config["in_channels"], resolution // factor, resolution)
 
 
-def random_unet(config: dict[str, Any], dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet of random weights, made in the dtype it is to have."""
+def random_unet(
+    config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> UNet2DConditionModel:
+    """A UNet of random weights, made where it is to be and in the dtype it is to have.
+
+    A CPU takes a minute to draw those of SDXL.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return UNet2DConditionModel(**config)
+        with device:
+            return UNet2DConditionModel(**config)
     finally:
         torch.set_default_dtype(before)
 

@@ -327,9 +327,10 @@ def open_teacher(settings: TextSettings, unet_config: dict[str, Any]) -> Teacher
     # Adapters need no copy in fp32, so the weights can be drawn in the teacher's dtype.
     low = settings.precision == "bf16" and settings.lora == "both"
     config = config_of(settings.pretrained, "unet", unet_config)
-    unet: Any = random_unet(config, torch.bfloat16 if low else torch.float32)
+    dtype = torch.bfloat16 if low else torch.float32
+    unet: Any = random_unet(config, dtype, device)
     denoiser = ScoreEstimator(
-        UNetNetwork(unet.to(device)),
+        UNetNetwork(unet),
         DiscreteVariancePreserving.scaled_linear(),
         EpsilonPrediction(),
     )

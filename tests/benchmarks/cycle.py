@@ -2,13 +2,18 @@
 
     python tests/benchmarks/cycle.py --json cycle.json
     python tests/benchmarks/cycle.py --json cycle.json --networks edm-16 sdxl-like
+    python tests/benchmarks/cycle.py --json gpu.json --device cuda
 
 A cycle is five iterations of a recipe, with GAN: five updates of the critic, one of the
 student. In one process iterations of several kinds take turns on the same networks: the
 recipe's own, those with shared passes, and for each of these the bare passes: the same
 forwards and backwards of the networks and the same optimizer steps (clipping and
-zeroing included), with nothing in between. fp32, one thread, whose CPU time is
-measured; random weights; no gradient checkpointing.
+zeroing included), with nothing in between. Weights are random.
+
+On a CPU: small networks in fp32 without gradient checkpointing, and the CPU time of one
+thread. On a GPU: the recipes' networks at their full size, in bf16, checkpointed as
+their presets are, and the GPU's time between events; an iteration begins when the GPU
+is idle, and what it waits for the host counts.
 
 For each network the file has
 
@@ -23,12 +28,14 @@ For each network the file has
 - `shared_ratio`: time of a cycle with both shared passes over the default's, and
   `shared_passes_ratio`, the same of the bare passes; `shared_excess`: the one over
   that of the passes within it; `shared_critic_...`: with the critic's alone;
+- `allocated_gib` (GPU): most memory of tensors in an iteration, weights and moments
+  included;
 - `passes`: forwards and backwards of encoder and decoder in a cycle, in batches,
   counted by hooks, beside those of the official loop, counted from its source;
-- `peak_bytes`: the most bytes of tensors beside weights and moments in each phase, and
-  a lower `bound`: what autograd keeps for a backward when that begins, or all
-  gradients when it ends, whichever is more. The critic's losses have a backward each,
-  unless they share a pass.
+- `peak_bytes` (CPU): the most bytes of tensors beside weights and moments in each
+  phase, and a lower `bound`: what autograd keeps for a backward when that begins, or
+  all gradients when it ends, whichever is more. The critic's losses have a backward
+  each, unless they share a pass.
 
 Ratios are medians of the rounds' own; seconds are medians.
 """
@@ -125,10 +132,33 @@ BATCH = {
     "adm-163m-16": 4,
     "imagenet64-16": 4,
 }
+FULL_SIZE: dict[str, tuple[Any, str, int]] = {
+    "imagenet64": (imagenet_edm, "standard", 40),
+    "sd15": (sd15, "stage2", 32),
+    "sdxl": (sdxl, "four-step", 2),
+}
+"""Recipe, preset and batch on a GPU; sdxl takes one of more than 100 GiB."""
+
+
+def build_full_size(name: str, folder: Path) -> Distillation:
+    """A recipe as its preset is, on a GPU, with random weights."""
+    recipe, preset, batch = FULL_SIZE[name]
+    settings = replace(
+        recipe.PRESETS[preset],
+        random_init=True,
+        batch_size=batch,
+        micro_batch_size=batch,
+        critic_steps=CRITIC_STEPS,
+        gan=True,
+        run=RunSettings(folder, device="cuda", workers=0),
+    )
+    return recipe.build(settings, 0, 1)
 
 
 def build(name: str, folder: Path) -> Distillation:
     """A recipe on a network, its data drawn at random."""
+    if name in FULL_SIZE:
+        return build_full_size(name, folder)
     common: dict[str, Any] = {
         "batch_size": BATCH[name],
         "micro_batch_size": BATCH[name],
@@ -160,6 +190,28 @@ def build(name: str, folder: Path) -> Distillation:
     return imagenet_edm.ImageNetDistillation(settings)
 
 
+class Stopwatch:
+    """Seconds between two moments: a thread's of the CPU, or the GPU's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+
+    def moment(self) -> Any:
+        """Now."""
+        if not self.on_gpu:
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        """The seconds; waits for the GPU."""
+        if not self.on_gpu:
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
 class Bench:
     """A recipe's run, whose cycles can be made as they are, or bare."""
 
@@ -180,7 +232,7 @@ class Bench:
         several = len(settings.times) > 1
         self.rungs = RUNGS if several else (0,) * CRITIC_STEPS
         batch: Any = run.draw()
-        t = torch.full((len(batch.noise),), 0.5)
+        t = torch.full((len(batch.noise),), 0.5, device=run.device)
         if isinstance(run, imagenet_edm.ImageNetDistillation):
             self.fake = batch.noise, t, batch.labels
             self.real = batch.images, t, batch.image_labels
@@ -192,21 +244,30 @@ class Bench:
             torch.cat((t, t)),
             concatenate_conditions(self.fake[2], self.real[2]),
         )
-        self.seconds: dict[str, float] = {}
+        self.watch = Stopwatch(run.device)
+        self.parts: list[tuple[str, Any, Any]] = []
+        """Of the last iteration: its name, begin and end."""
         self.within = 0
         """How many of the calls that count as passes are going on."""
 
     def iteration(self, mode: str, step: int) -> float:
         """Seconds of an iteration of the recipe; those of its parts are noted."""
         self.run.method = self.methods[mode]
-        self.seconds.clear()
+        self.parts.clear()
         with (
             patch.object(self.run, "draw_rung", lambda: self.rungs[step]),
             self.parts_timed(),
         ):
-            start = time.process_time()
+            start = self.watch.moment()
             self.run.iterate(step)
-            return time.process_time() - start
+            return self.watch.between(start, self.watch.moment())
+
+    def seconds(self) -> dict[str, float]:
+        """Those of the parts of the last iteration."""
+        found: dict[str, float] = {}
+        for name, begin, end in self.parts:
+            found[name] = found.get(name, 0) + self.watch.between(begin, end)
+        return found
 
     @contextmanager
     def parts_timed(self) -> Iterator[None]:
@@ -245,7 +306,7 @@ class Bench:
         """Seconds of its passes and optimizer steps alone."""
         shares, trained = MODES[mode], self.run.trained
         turn = self.run.ttur.generator_turn(step)
-        self.seconds.clear()
+        self.parts.clear()
         with self.timed("samples"):
             x = self.sample(self.rungs[step], train=turn)
         if turn:
@@ -260,53 +321,63 @@ class Bench:
         with self.timed("optimizers"):
             trained["critic"].clip()
             trained["critic"].step()
-        return sum(self.seconds.values())
+        return sum(self.seconds().values())
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Adds the seconds within it."""
-        start = time.process_time()
+        """Notes what is within it as a part."""
+        start = self.watch.moment()
         yield
-        seconds = time.process_time() - start
-        self.seconds[name] = self.seconds.get(name, 0) + seconds
+        self.parts.append((name, start, self.watch.moment()))
+
+    def autocast(self) -> torch.autocast:
+        """In the recipe's precision."""
+        return self.run.method.autocast(self.run.device)
 
     def sample(self, rung: int, *, train: bool) -> Tensor:
         """The student's passes of an iteration."""
-        with torch.no_grad():
+        with self.autocast(), torch.no_grad():
             for _ in range(rung):
                 self.student(*self.fake)
-        with torch.set_grad_enabled(train):
+        with self.autocast(), torch.set_grad_enabled(train):
             return self.student(*self.fake)
 
     def of_student(self, x: Tensor, shared: bool) -> Tensor:
         """The passes of the student's losses, as one number to backpropagate."""
         _, t, cond = self.fake
-        with torch.no_grad():
+        with self.autocast(), torch.no_grad():
             for _ in range(2 if self.guided else 1):
                 self.teacher(x, t, cond)
+            if not shared:
+                self.critic(x, t, cond)
+        wanted: dict[str, Any] = {"want": ("logits",)}
         if shared:
-            wanted: dict[str, Any] = {"want": ("output", "logits")}
-            return self.critic(x, t, cond, **wanted, output_grad=False).logits.mean()
-        with torch.no_grad():
-            self.critic(x, t, cond)
-        return self.critic(x, t, cond, want=("logits",)).logits.mean()
+            wanted = {"want": ("output", "logits"), "output_grad": False}
+        with self.autocast():
+            return self.critic(x, t, cond, **wanted).logits.mean()
 
     def of_critic(self, shared: bool) -> list[Callable[[], Tensor]]:
         """The passes of the critic's losses, as numbers to backpropagate in turn."""
 
         def both() -> Tensor:
             wanted: dict[str, Any] = {"want": ("output", "logits")}
-            given = self.critic(*self.both, **wanted, outputs=len(self.fake[0]))
+            with self.autocast():
+                given = self.critic(*self.both, **wanted, outputs=len(self.fake[0]))
             return given.output.mean() + given.logits.mean()
 
         def tell() -> Tensor:
-            fake, real = (
-                self.critic(*given, want=("logits",)).logits.mean()
-                for given in (self.fake, self.real)
-            )
+            with self.autocast():
+                fake, real = (
+                    self.critic(*given, want=("logits",)).logits.mean()
+                    for given in (self.fake, self.real)
+                )
             return fake + real
 
-        return [both] if shared else [tell, lambda: self.critic(*self.fake).mean()]
+        def denoise() -> Tensor:
+            with self.autocast():
+                return self.critic(*self.fake).mean()
+
+        return [both] if shared else [tell, denoise]
 
     def passes(self, mode: str) -> dict[str, float]:
         """Counts what encoders and decoders do in the recipe's own cycle."""
@@ -356,6 +427,12 @@ class Bench:
             "encoder_backwards": 1 + 1 + 3 * critics,
             "decoder_backwards": 1 + critics,
         }
+
+    def allocated(self, mode: str) -> float:
+        """GiB of the GPU that tensors take in an iteration at most."""
+        torch.cuda.reset_peak_memory_stats()
+        self.iteration(mode, 0)
+        return torch.cuda.max_memory_allocated() / 2**30
 
     def peaks(self, mode: str) -> dict[str, dict[str, int]]:
         """Most bytes of tensors beside weights and moments, by phase, and the bound."""
@@ -429,7 +506,12 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(build(name, Path(folder)))
     passes = {mode: bench.passes(mode) for mode in MODES}  # warms up as well
-    peaks = {mode: bench.peaks(mode) for mode in MODES}
+    memory: dict[str, Any] = {}
+    if bench.watch.on_gpu:
+        memory["allocated_gib"] = {m: round(bench.allocated(m), 2) for m in MODES}
+        memory["gpu"] = torch.cuda.get_device_name()
+    else:
+        memory["peak_bytes"] = {m: bench.peaks(m) for m in MODES}
     cycles: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
     bare: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
     within: dict[str, list[float]] = {mode: [0.0] * rounds for mode in MODES}
@@ -446,9 +528,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             for mode, seconds, make in order:
                 seconds[mode][i] += make(mode, step)
                 if seconds is cycles:
-                    within[mode][i] += sum(bench.seconds.values())
+                    within[mode][i] += sum(bench.seconds().values())
                 elif mode == "default":
-                    for part, taken in bench.seconds.items():
+                    for part, taken in bench.seconds().items():
                         parts[i][part] = parts[i].get(part, 0) + taken
 
     def quartiles(above: list[float], below: list[float]) -> list[float]:
@@ -462,7 +544,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     return {
         "network": name,
         "parameters": sum(p.numel() for p in bench.teacher.parameters()),
-        "batch": BATCH[name],
+        "batch": bench.run.size,
         "rounds": rounds,
         "overhead_ratio": ratio(usual, usual_bare),
         "overhead_quartiles": quartiles(usual, usual_bare)[::2],
@@ -489,7 +571,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             },
         },
         "passes": {"official": bench.official_passes(), **passes},
-        "peak_bytes": peaks,
+        **memory,
     }
 
 
@@ -497,12 +579,21 @@ def main() -> None:
     """Measures the networks that are asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--networks", nargs="+", choices=BATCH, default=list(BATCH))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--networks", nargs="+", help="names; all of the device's")
     parser.add_argument("--rounds", type=int, default=7, help="at least seven")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    if given.rounds < 2:
+        parser.error(f"--rounds {given.rounds}: expected at least 2")
+    known = list(BATCH if given.device == "cpu" else FULL_SIZE)
+    if wrong := set(given.networks or ()) - set(known):
+        parser.error(f"--networks {' '.join(wrong)}: expected {', '.join(known)}")
+    if given.device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.set_float32_matmul_precision("high")  # as the recipes have it
     found = []
-    for name in given.networks:
+    for name in given.networks or known:
         found.append(measure(name, given.rounds))
         print(json.dumps(found[-1], indent=2), flush=True)
         if given.json is not None:
