@@ -57,9 +57,9 @@ class Settings:
     """Processes, with a device each."""
     ranks_per_machine: int = 8
     """Of them in one machine, for `--strategy hsdp`."""
-    tflops: float = 400.0
-    """What a device reaches, in 10^12 FLOPs a second: 40 % of an H100's peak in
-    bf16."""
+    tflops: float = 150.0
+    """What a device reaches, in 10^12 FLOPs a second: ImageNet-64's recipe had 143 on
+    an H200, not compiled (docs/speed.md)."""
     bandwidth: float = 50.0
     """What a process can send to other machines, in GB a second: a 400 Gbit/s
     network."""
