@@ -58,7 +58,7 @@ OTHER_NAMES = {
 
 OTHER_OPTIONS = {
     *("editable", "index-url", "nproc-per-node", "max-restarts", "strict"),
-    *("constraint", "break", "runs", "reason", "rater", "logdir"),
+    *("constraint", "break", "runs", "reason", "rater", "logdir", "networks", "rounds"),
     *("signals-to-handle", "shutdown-timeout"),
     "denoising",  # of the official scripts
 }
