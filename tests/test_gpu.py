@@ -18,7 +18,9 @@ from distillation import Distillation
 from helpers_recipes import save_digit_images, save_digits_teacher
 from helpers_speed import build
 from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dmdkit import (
     ExponentialMovingAverage,
@@ -45,10 +47,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def exact() -> Iterator[None]:
     """Products and convolutions in fp32, not in TF32."""
-    before = torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def moved(value: Any, device: str) -> Any:
@@ -167,8 +172,8 @@ def test_bf16_is_near_fp32(
         wanted = expected["metrics"][name]
         torch.testing.assert_close(found["metrics"][name], wanted, rtol=0.05, atol=0)
     for part in ("student", "critic"):
-        vectors = [vector_of(x["gradients"], part) for x in (found, expected)]
-        assert torch.cosine_similarity(*vectors, dim=0) > 0.9, part
+        a, b = (vector_of(x["gradients"], part) for x in (found, expected))
+        assert 1e-4 * b.norm() < (a - b).norm() < 0.4 * b.norm(), part
 
 
 @pytest.fixture
@@ -206,6 +211,10 @@ def test_wrapped_for_several_gpus_it_learns_the_same(
     monkeypatch.setattr(Distillation, "spread", spread)
     options = ("--device", GPU, "--strategy", strategy)
     wrapped = build(recipe, teacher, *options)
+    kind = {"ddp": DistributedDataParallel, "fsdp": FSDPModule}[strategy]
+    for part in wrapped.trained.values():
+        modules = part.denoiser.network.modules()
+        assert any(isinstance(module, kind) for module in modules)
     for run in (plain, wrapped):
         without_chance(run, monkeypatch)
     batch = plain.draw()
@@ -268,12 +277,14 @@ def test_a_run_is_made_resumed_and_drawn_from(
     out = tmp_path / "run"
     given = ["--teacher", f"{teacher}", "--images", f"{images}", "--out", f"{out}"]
     given += ["--batch-size", "8", "--micro-batch-size", "4", "--workers", "2"]
+    given += ["--log-every", "1", *options]
     for iterations, more in ((6, ()), (12, ("--resume",))):
-        whole = [*given, *options, "--iterations", f"{iterations}", *more]
+        whole = [*given, "--iterations", f"{iterations}", *more]
         run("examples/imagenet_edm.py", *whole)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["device"].startswith("cuda")
-    assert summary["iterations"] == 12
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 13))
     assert summary["peak_memory_gib"] > 0
     run("examples/sample.py", f"{out / 'student'}", "--grid", f"{out / 'grid.png'}")
     assert (out / "grid.png").is_file()

@@ -24,7 +24,7 @@ For each network the file has
   machine matters little; it does not see passes that are made in vain, and the losses'
   own backward, which is small, counts as a pass;
 - `operations_beside`: how many operations PyTorch makes in an iteration outside of
-  those: each is a launch on a GPU;
+  those, views included: each is at most a launch on a GPU;
 - `shared_ratio`: time of a cycle with both shared passes over the default's, and
   `shared_passes_ratio`, the same of the bare passes; `shared_excess`: the one over
   that of the passes within it; `shared_critic_...`: with the critic's alone;
@@ -581,7 +581,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--networks", nargs="+", help="names; all of the device's")
-    parser.add_argument("--rounds", type=int, default=7, help="at least seven")
+    parser.add_argument("--rounds", type=int, default=7, help="seven or more settle it")
     given = parser.parse_args()
     if given.rounds < 2:
         parser.error(f"--rounds {given.rounds}: expected at least 2")
