@@ -140,7 +140,7 @@ def test_search_finds_and_opens_a_page(
     page.run("document.querySelector('.md-search-result__link').click()")
     until(page, f"location.href.split('?')[0] != '{address}'")
     word = words.split()[0].lower()
-    until(page, f"document.body.innerText.toLowerCase().includes('{word}')")
+    until(page, f"document.body?.innerText.toLowerCase().includes('{word}')")
     assert complaints(page) == []
 
 
