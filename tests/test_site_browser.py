@@ -137,10 +137,13 @@ def test_search_finds_and_opens_a_page(
         ".map(i => i.querySelector('h1, h2').textContent.toLowerCase())"
     )
     assert any(title in name for name in found[:5]), found
+    assert complaints(page) == []
+    page.events.clear()
     page.run("document.querySelector('.md-search-result__link').click()")
-    until(page, f"location.href.split('?')[0] != '{address}'")
+    page.wait_for("Page.loadEventFired")  # a question in between would find no page
+    assert page.run("location.href").split("?")[0] != address
     word = words.split()[0].lower()
-    until(page, f"document.body?.innerText.toLowerCase().includes('{word}')")
+    until(page, f"document.body.innerText.toLowerCase().includes('{word}')")
     assert complaints(page) == []
 
 
