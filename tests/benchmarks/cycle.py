@@ -137,7 +137,7 @@ FULL_SIZE: dict[str, tuple[Any, str, int]] = {
     "sd15": (sd15, "stage2", 32),
     "sdxl": (sdxl, "four-step", 2),
 }
-"""Recipe, preset and batch on a GPU; sdxl takes one of more than 100 GiB."""
+"""Recipe, preset and batch on a GPU; one of 80 GB is too small for sdxl."""
 
 
 def build_full_size(name: str, folder: Path) -> Distillation:
